@@ -1,3 +1,27 @@
-"""Object-centric world models (C-JEPA) on the Hugging Face stack."""
+"""Object-centric world models (C-JEPA) on the Hugging Face stack.
+
+Importing the package registers its models with the transformers AutoClasses, its pipelines with
+`transformers.pipeline`, and its environments with gymnasium. Everything else is imported when first used.
+"""
+
+import importlib
+
+from transformers import AutoConfig, AutoModel
+
+from .models.cjepa import CJepaConfig, CJepaModel, CJepaOutput, CJepaRolloutOutput
 
 __version__ = "0.1.0"
+
+AutoConfig.register("cjepa", CJepaConfig)
+AutoModel.register(CJepaConfig, CJepaModel)
+
+_LAZY = {}
+
+
+def __getattr__(name):
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+__all__ = ["CJepaConfig", "CJepaModel", "CJepaOutput", "CJepaRolloutOutput", *_LAZY]

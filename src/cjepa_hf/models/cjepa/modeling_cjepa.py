@@ -1,0 +1,831 @@
+"""C-JEPA: a masked predictor of object slots (Causal-JEPA, arXiv 2602.11389, section 3).
+
+Axes are named once: B batch, S plan samples, T observed frames, P predicted frames, N slots, D slot size, M tokens per
+frame (slots, then proprioception, then action), H heads, E embedding size of an auxiliary.
+"""
+
+import functools
+import itertools
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModel, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import ModelOutput
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_cjepa import CJepaConfig
+
+
+@dataclass
+class CJepaOutput(ModelOutput):
+    """
+    Output of [`CJepaModel.forward`].
+
+    Args:
+        loss (`torch.Tensor` of shape `()`, *optional*, returned with `future_slots`): future_loss + weight *
+            history_loss + proprio_loss.
+        history_loss, future_loss, proprio_loss (`torch.Tensor` of shape `()`, *optional*): The terms, unweighted.
+        predicted_slots (`torch.Tensor` of shape `(B, T + P, N, D)`): Output at every token; only hidden and future
+            tokens are trained.
+        predicted_proprio_embeddings (`torch.Tensor` of shape `(B, T + P, E)`, *optional*).
+        slot_mask (`torch.BoolTensor` of shape `(B, T, N)`, *optional*): What was hidden (True), `None` if nothing.
+        hidden_states (`tuple(torch.Tensor)`, *optional*): Input of every layer and the output of the last, each
+            `(B, (T + P) * M, hidden_size)`, time-major.
+        attentions (`tuple(torch.Tensor)`, *optional*): Per layer `(B, H, (T + P) * M, (T + P) * M)`.
+    """
+
+    loss: torch.Tensor | None = None
+    history_loss: torch.Tensor | None = None
+    future_loss: torch.Tensor | None = None
+    proprio_loss: torch.Tensor | None = None
+    predicted_slots: torch.Tensor | None = None
+    predicted_proprio_embeddings: torch.Tensor | None = None
+    slot_mask: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class CJepaRolloutOutput(ModelOutput):
+    """
+    Output of [`CJepaModel.rollout`].
+
+    Args:
+        slots (`torch.Tensor` of shape `(B, K, N, D)` or `(B, S, K, N, D)`): The imagined frames.
+        proprio_embeddings (`torch.Tensor` of shape `(B, K, E)` or `(B, S, K, E)`, *optional*).
+    """
+
+    slots: torch.Tensor | None = None
+    proprio_embeddings: torch.Tensor | None = None
+
+
+# ------------------------------------------------------------------------------------------------- slot assignment
+
+
+@functools.lru_cache(maxsize=32)
+def _assignment_tables(n: int) -> list[tuple[list[int], list[list[int]], list[list[int]]]]:
+    """Subsets of columns by size: (bit masks, columns in each, index of the subset without that column)."""
+    levels, index = [], {0: 0}
+    for size in range(1, n + 1):
+        subsets = [sum(1 << c for c in columns) for columns in itertools.combinations(range(n), size)]
+        columns = [[c for c in range(n) if mask >> c & 1] for mask in subsets]
+        without = [[index[mask & ~(1 << c)] for c in cols] for mask, cols in zip(subsets, columns)]
+        levels.append((subsets, columns, without))
+        index = {mask: position for position, mask in enumerate(subsets)}
+    return levels
+
+
+MAX_ASSIGNED_SLOTS = 16
+
+
+def solve_assignment(cost: torch.Tensor) -> torch.Tensor:
+    """
+    Exact minimum-cost assignment, batched, by dynamic programming over subsets of columns.
+
+    Args:
+        cost (`torch.Tensor` of shape `(..., N, N)`): `cost[..., i, j]` of giving row i column j; N up to 16.
+
+    Returns:
+        `torch.LongTensor` of shape `(..., N)`: the column of every row.
+    """
+    n = cost.shape[-1]
+    if cost.shape[-2] != n:
+        raise ValueError(f"cost has shape {tuple(cost.shape)}: expected a square matrix in the last two axes.")
+    if n > MAX_ASSIGNED_SLOTS:
+        raise ValueError(f"{n} slots: exact batched assignment takes at most {MAX_ASSIGNED_SLOTS}.")
+    batch = cost.shape[:-2]
+    cost = cost.detach().reshape(-1, n, n)
+    best = cost.new_zeros(cost.shape[0], 1)
+    choices = []
+    # After row i, best[:, s] is the cheapest way to give rows 0..i the columns of subset s (|s| = i + 1).
+    for row, (_, columns, without) in enumerate(_assignment_tables(n)):
+        columns = torch.tensor(columns, device=cost.device)
+        total = best[:, torch.tensor(without, device=cost.device)] + cost[:, row][:, columns]
+        best, choice = total.min(dim=-1)
+        choices.append(choice)
+    result = torch.empty(cost.shape[0], n, dtype=torch.long, device=cost.device)
+    subset = torch.zeros(cost.shape[0], 1, dtype=torch.long, device=cost.device)
+    for row in range(n - 1, -1, -1):
+        _, columns, without = _assignment_tables(n)[row]
+        choice = choices[row].gather(1, subset)
+        result[:, row] = torch.tensor(columns, device=cost.device)[subset, choice].squeeze(1)
+        subset = torch.tensor(without, device=cost.device)[subset, choice]
+    return result.reshape(*batch, n)
+
+
+def assign_slots(slots: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """
+    Order of `slots` that matches `reference` with the least squared error (exact, batched, no gradient).
+
+    Args:
+        slots (`torch.Tensor` of shape `(..., N, D)`): Slots to reorder.
+        reference (`torch.Tensor` of shape `(..., N, D)`): Slots that set the order; leading axes broadcast.
+
+    Returns:
+        `torch.LongTensor` of shape `(..., N)`: `slots[order[i]]` belongs to `reference[i]`; apply it with
+        [`reorder_slots`].
+    """
+    if slots.shape[-2:] != reference.shape[-2:]:
+        raise ValueError(f"slots {tuple(slots.shape)} and reference {tuple(reference.shape)} differ in (N, D).")
+    slots, reference = slots.detach().float(), reference.detach().float()
+    cost = (reference.unsqueeze(-2) - slots.unsqueeze(-3)).square().sum(-1)  # rows: reference, columns: slots
+    return solve_assignment(cost)
+
+
+def reorder_slots(slots: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """`slots` [..., N, D] in the order [..., N] that [`assign_slots`] returned."""
+    return slots.gather(-2, order.unsqueeze(-1).expand(*order.shape, slots.shape[-1]))
+
+
+# ---------------------------------------------------------------------------------------------------- transformer
+
+
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """Attention that also returns its weights; query, key, value are [B, H, L, head_dim]."""
+    weights = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = weights.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class CJepaAttention(nn.Module):
+    """Multi-head attention over all tokens, bidirectional in time and over slots."""
+
+    def __init__(self, config: CJepaConfig):
+        super().__init__()
+        self.config = config
+        self.num_heads = config.num_attention_heads
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = False
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor, num_queries: int | None = None):
+        batch, length, size = hidden_states.shape
+        if num_queries is None:
+            num_queries = length
+            query, key, value = self.qkv(hidden_states).chunk(3, dim=-1)
+        else:
+            # Only the last tokens are read: their queries suffice, while keys and values come from everything.
+            weight, bias = self.qkv.weight, self.qkv.bias
+            query = F.linear(hidden_states[:, -num_queries:], weight[:size], bias[:size])
+            key, value = F.linear(hidden_states, weight[size:], bias[size:]).chunk(2, dim=-1)
+        heads = (batch, -1, self.num_heads, self.head_dim)
+        query, key, value = (x.reshape(heads).transpose(1, 2) for x in (query, key, value))
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        output, weights = attention(
+            self,
+            query,
+            key,
+            value,
+            None,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            is_causal=False,
+        )
+        return self.out_proj(output.reshape(batch, num_queries, size)), weights
+
+
+class CJepaMlp(nn.Module):
+    """LayerNorm, Linear, GELU, Linear; the norm stands inside, as in the released code."""
+
+    # Rows per pass without gradients: keeps the wide activation (rows x intermediate_size) in the cache.
+    rows_per_pass = 1024
+
+    def __init__(self, config: CJepaConfig):
+        super().__init__()
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.activation = ACT2FN[config.hidden_act]
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.norm(hidden_states)
+        return self.dropout(self.fc2(self.dropout(self.activation(self.fc1(hidden_states)))))
+
+
+class CJepaLayer(GradientCheckpointingLayer):
+    """x + attention(x), then x + mlp(x). Without `norm_first` nothing normalises the input of attention."""
+
+    def __init__(self, config: CJepaConfig):
+        super().__init__()
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.norm_first else nn.Identity()
+        self.attention = CJepaAttention(config)
+        self.mlp = CJepaMlp(config)
+
+    def forward(self, hidden_states: torch.Tensor, num_queries: int | None = None) -> torch.Tensor:
+        attended, _ = self.attention(self.norm(hidden_states), num_queries)
+        if num_queries is not None:
+            hidden_states = hidden_states[:, -num_queries:]
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(hidden_states)
+
+
+class CJepaPredictor(nn.Module):
+    """The masked predictor over tokens [B, T, M, hidden_size] of slots and auxiliaries (paper section 3.2)."""
+
+    def __init__(self, config: CJepaConfig):
+        super().__init__()
+        self.config = config
+        size = config.hidden_size
+        self.mask_token = nn.Parameter(torch.zeros(size))
+        self.time_embedding = nn.Parameter(torch.zeros(config.history_length + config.prediction_length, size))
+        self.anchor_projection = nn.Linear(size, size)
+        if config.anchor == "last_visible":
+            # How long ago the anchor was seen: without it, an old and a fresh anchor look alike.
+            self.age_embedding = nn.Parameter(torch.zeros(config.history_length + config.prediction_length, size))
+        if config.residual_prediction == "velocity":
+            self.velocity_gain = nn.Parameter(torch.zeros(config.history_length + config.prediction_length))
+        self.layers = nn.ModuleList([CJepaLayer(config) for _ in range(config.num_hidden_layers)])
+        self.norm = nn.LayerNorm(size, eps=config.layer_norm_eps)
+        self.head = nn.Linear(size, size)
+
+    def forward(self, tokens: torch.Tensor, hidden: torch.Tensor | None, future_only: bool = False) -> torch.Tensor:
+        """
+        Args:
+            tokens (`torch.Tensor` of shape `(B, T, M, hidden_size)`): Observed tokens, T up to history_length.
+            hidden (`torch.BoolTensor` of shape `(B, T, M)`, *optional*): True where a token is hidden.
+            future_only (`bool`): Return the P future frames alone, skipping what they do not need.
+
+        Returns:
+            `torch.Tensor` of shape `(B, T + P, M, hidden_size)`, or `(B, P, M, hidden_size)`.
+        """
+        config = self.config
+        batch, steps, width, size = tokens.shape
+        horizon = config.prediction_length
+        # Short histories are aligned to the right: the last observed frame always has the same time row.
+        time = self.time_embedding[config.history_length - steps :].unsqueeze(1)  # [T + P, 1, size]
+        frame = torch.arange(steps + horizon, device=tokens.device)
+        visible = tokens + time[:steps]
+
+        anchors = tokens[:, :1] if config.anchor == "first" else tokens[:, -1:]
+        query_time = self.mask_token + time
+        if hidden is None and config.anchor == "first":
+            future = query_time[steps:] + self.anchor_projection(anchors)
+            sequence = torch.cat([visible, future], dim=1)
+            seen = None
+        elif hidden is None:
+            age = self.age_embedding[1 : horizon + 1].unsqueeze(1)
+            sequence = torch.cat([visible, query_time[steps:] + age + self.anchor_projection(anchors)], dim=1)
+            seen = None
+        else:
+            # seen[b, t, m]: the last frame up to t (of the T observed) in which token m was visible.
+            seen = torch.where(hidden, 0, frame[:steps, None]).cummax(dim=1).values
+            seen = torch.cat([seen, seen[:, -1:].expand(-1, horizon, -1)], dim=1)  # [B, T + P, M]
+            if config.anchor == "first":
+                queries = query_time + self.anchor_projection(anchors)
+            else:
+                anchors = tokens.gather(1, seen.unsqueeze(-1).expand(-1, -1, -1, size))
+                age = self.age_embedding[frame[:, None] - seen]
+                queries = query_time + age + self.anchor_projection(anchors)
+            queries = queries.expand(batch, steps + horizon, width, size)
+            observed = torch.where(hidden.unsqueeze(-1), queries[:, :steps], visible)
+            sequence = torch.cat([observed, queries[:, steps:]], dim=1)
+
+        states = sequence.flatten(1, 2)
+        queries_at_end = horizon * width if future_only else None
+        for index, layer in enumerate(self.layers):
+            last = index == len(self.layers) - 1
+            states = layer(states, queries_at_end if last else None)
+        output = self.head(self.norm(states)).unflatten(1, (-1, width))
+        if config.residual_prediction is not None:
+            output = output + self._base(tokens, hidden, seen, frame, future_only)
+        return output
+
+    def _base(self, tokens, hidden, seen, frame, future_only):
+        """The state that residual prediction starts from: the last visible one, or its constant-velocity continuation."""
+        steps, horizon = tokens.shape[1], self.config.prediction_length
+        if seen is None:
+            last = torch.cat(
+                [tokens[:, : 0 if future_only else steps], tokens[:, -1:].expand(-1, horizon, -1, -1)], dim=1
+            )
+            if self.config.residual_prediction == "last" or steps == 1:
+                return last
+            velocity = tokens[:, -1:] - tokens[:, -2:-1]
+            gain = self.velocity_gain[1 : horizon + 1, None, None] * velocity
+            return torch.cat([last[:, :-horizon], last[:, -horizon:] + gain], dim=1)
+        index = seen.unsqueeze(-1).expand(-1, -1, -1, tokens.shape[-1])
+        base = tokens.gather(1, index)
+        if self.config.residual_prediction == "velocity":
+            # A velocity needs the frame before the last visible one to be visible too.
+            known = ~hidden.gather(1, (seen - 1).clamp(min=0)) & (seen > 0)
+            velocity = (base - tokens.gather(1, (index - 1).clamp(min=0))) * known.unsqueeze(-1)
+            base = base + self.velocity_gain[frame[:, None] - seen].unsqueeze(-1) * velocity
+        return base[:, steps:] if future_only else base
+
+
+# ---------------------------------------------------------------------------------------------------------- model
+
+
+class CJepaPreTrainedModel(PreTrainedModel):
+    config: CJepaConfig
+    base_model_prefix = "cjepa"
+    main_input_name = "slots"
+    _no_split_modules = ["CJepaLayer"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    supports_gradient_checkpointing = True
+    _can_record_outputs = {"hidden_states": CJepaLayer, "attentions": CJepaAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, nn.Linear):
+            init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, CJepaPredictor):
+            init.trunc_normal_(module.mask_token, std=0.02)
+            init.normal_(module.time_embedding, std=1.0)
+            if hasattr(module, "age_embedding"):
+                init.zeros_(module.age_embedding)
+            if hasattr(module, "velocity_gain"):
+                ages = torch.arange(len(module.velocity_gain), dtype=torch.float32)
+                init.copy_(module.velocity_gain, ages.to(module.velocity_gain))
+            if self.config.residual_prediction is not None:
+                # Starts as "nothing changes" (or constant velocity): the first step of training already predicts well.
+                init.zeros_(module.head.weight)
+                module.head.weight._is_hf_initialized = True
+        elif isinstance(module, CJepaModel):
+            for name in _STATISTICS:
+                buffer = getattr(module, name, None)
+                if buffer is not None:
+                    init.constant_(buffer, float("nan"))
+
+
+_STATISTICS = ("action_mean", "action_std", "proprio_mean", "proprio_std")
+
+
+class CJepaModel(CJepaPreTrainedModel):
+    """
+    C-JEPA world model: predicts hidden and future object slots from visible ones, actions and proprioception.
+
+    `forward`, `predict`, `rollout` and planners work in normalised units. The buffers `action_mean`, `action_std`
+    [action_size] and `proprio_mean`, `proprio_std` [proprio_size] hold the training statistics (NaN: unknown).
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from cjepa_hf import CJepaConfig, CJepaModel
+
+    >>> model = CJepaModel(CJepaConfig(action_size=10, proprio_size=4)).eval()
+    >>> slots, actions, proprio = torch.randn(2, 1, 4, 128), torch.randn(2, 300, 5, 10), torch.randn(2, 1, 4)
+    >>> model.rollout(slots, actions=actions, proprio=proprio).slots.shape
+    torch.Size([2, 300, 5, 4, 128])
+    ```
+    """
+
+    def __init__(self, config: CJepaConfig):
+        super().__init__(config)
+        self.predictor = CJepaPredictor(config)
+        if config.action_size:
+            self.action_embedding = nn.Linear(config.action_size, config.action_embedding_size)
+            self.register_buffer("action_mean", torch.full((config.action_size,), float("nan")))
+            self.register_buffer("action_std", torch.full((config.action_size,), float("nan")))
+        if config.proprio_size:
+            self.proprio_embedding = nn.Linear(config.proprio_size, config.proprio_embedding_size)
+            self.register_buffer("proprio_mean", torch.full((config.proprio_size,), float("nan")))
+            self.register_buffer("proprio_std", torch.full((config.proprio_size,), float("nan")))
+        self.slot_encoder = None
+        if config.slot_encoder_config is not None:
+            self.slot_encoder = AutoModel.from_config(config.slot_encoder_config)
+        self.post_init()
+
+    # ------------------------------------------------------------------------------------------------- inputs
+
+    def _checked(self, name: str, value, last: int, axes: str, ndim: int | tuple[int, ...]) -> torch.Tensor:
+        """`value` in the model's dtype, after checks that name the argument."""
+        ndim = (ndim,) if isinstance(ndim, int) else ndim
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(f"{name} is {type(value).__name__}: expected a torch.Tensor of shape {axes}.")
+        if value.ndim not in ndim or value.shape[-1] != last:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}: expected {axes} with last axis {last}.")
+        if not value.is_floating_point():
+            raise ValueError(f"{name} has dtype {value.dtype}: expected floating point, convert it with .float().")
+        if not torch.compiler.is_compiling() and not bool(torch.isfinite(value.detach().sum())):
+            if not torch.isfinite(value).all():
+                raise ValueError(
+                    f"{name} holds NaN or infinite values: replace them after normalising "
+                    "(`torch.nan_to_num(x, 0.0)` puts the mean there)."
+                )
+        return value.to(self.dtype)
+
+    def _check_auxiliaries(self, actions, proprio, batch: int, steps: int | None):
+        config = self.config
+        for name, value, size in (("actions", actions, config.action_size), ("proprio", proprio, config.proprio_size)):
+            if size and value is None:
+                raise ValueError(f"This model was built with {name} of size {size}: pass {name}.")
+            if not size and value is not None:
+                raise ValueError(f"This model was built without {name}: leave {name} out.")
+            if value is not None and (value.shape[0] != batch or (steps is not None and value.shape[-2] != steps)):
+                raise ValueError(
+                    f"{name} has shape {tuple(value.shape)}: expected batch {batch}"
+                    + (f" and {steps} frames, one per frame of slots." if steps is not None else ".")
+                )
+
+    def _check_slots(self, slots, max_steps: int | None) -> torch.Tensor:
+        slots = self._checked("slots", slots, self.config.slot_size, "(B, T, N, D)", 4)
+        if slots.shape[1] < 1 or slots.shape[2] < 1:
+            raise ValueError(f"slots has shape {tuple(slots.shape)}: at least one frame and one slot are needed.")
+        if max_steps is not None and slots.shape[1] > max_steps:
+            raise ValueError(
+                f"slots has {slots.shape[1]} frames, but history_length={max_steps}: pass the last {max_steps} frames."
+            )
+        return slots
+
+    def embed_proprio(self, proprio: torch.Tensor) -> torch.Tensor:
+        """Embeds normalised proprioception [..., P] to [..., E]."""
+        return self.proprio_embedding(proprio.to(self.dtype))
+
+    def embed_actions(self, actions: torch.Tensor) -> torch.Tensor:
+        """Embeds normalised action blocks [..., A] to [..., E]."""
+        return self.action_embedding(actions.to(self.dtype))
+
+    def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Slots [B, T, N, D] of frames [B, T, 3, H, W] in [0, 1], by the slot encoder this checkpoint carries."""
+        if self.slot_encoder is None:
+            raise ValueError(
+                "This model carries no slot encoder (slot_encoder_config is None): encode the frames with the encoder "
+                "it was trained with, or train with `--slot_encoder <folder>` to put one in."
+            )
+        if pixel_values.ndim != 5:
+            raise ValueError(f"pixel_values has shape {tuple(pixel_values.shape)}: expected (B, T, 3, H, W).")
+        return self.slot_encoder(pixel_values).slots
+
+    def _tokens(self, slots, actions, proprio) -> torch.Tensor:
+        """[B, T, M, hidden_size]: slots, then proprioception, then action, as tokens or concatenated to every slot."""
+        auxiliaries = []
+        if self.config.proprio_size:
+            auxiliaries.append(self.embed_proprio(proprio).unsqueeze(-2))
+        if self.config.action_size:
+            auxiliaries.append(self.embed_actions(actions).unsqueeze(-2))
+        if self.config.auxiliary_fusion == "tokens":
+            return torch.cat([slots, *auxiliaries], dim=-2)
+        return torch.cat([slots, *(x.expand(*slots.shape[:-1], -1) for x in auxiliaries)], dim=-1)
+
+    def _with_actions(self, tokens: torch.Tensor, embedded: torch.Tensor) -> torch.Tensor:
+        """`tokens` [B, T, M, hidden_size] with the action part replaced by `embedded` [B, T, E]."""
+        if self.config.auxiliary_fusion == "tokens":
+            return torch.cat([tokens[..., :-1, :], embedded.unsqueeze(-2)], dim=-2)
+        size = embedded.shape[-1]
+        embedded = embedded.unsqueeze(-2).expand(*tokens.shape[:-1], -1)
+        return torch.cat([tokens[..., :-size], embedded], dim=-1)
+
+    def _split(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Slots [..., N, D] and proprioception embeddings [..., E] of tokens [..., M, hidden_size]."""
+        config = self.config
+        num_slots = tokens.shape[-2] - config.num_auxiliary_tokens
+        slots = tokens[..., :num_slots, : config.slot_size]
+        if not config.proprio_size:
+            return slots, None
+        if config.auxiliary_fusion == "tokens":
+            return slots, tokens[..., num_slots, :]
+        end = config.slot_size + config.proprio_embedding_size
+        return slots, tokens[..., 0, config.slot_size : end]
+
+    # -------------------------------------------------------------------------------------------------- masks
+
+    def draw_slot_mask(
+        self, slots: torch.Tensor, generator: torch.Generator | None = None, moving: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """
+        Draws a training mask per sample as the configuration says (see `mask_strategy` in [`CJepaConfig`]).
+
+        Args:
+            slots (`torch.Tensor` of shape `(B, T, N, D)`): The observed window.
+            moving (`torch.BoolTensor` of shape `(B, N)`, *optional*): Slots that may be hidden when
+                `mask_static_slots=False`; by default those that change inside `slots`.
+
+        Returns:
+            `torch.BoolTensor` of shape `(B, T, N)`, True where hidden.
+        """
+        config = self.config
+        batch, steps, num_slots, _ = slots.shape
+        device = slots.device
+        span = steps - config.visible_prefix
+        mask = torch.zeros(batch, steps, num_slots, dtype=torch.bool, device=device)
+        low, high = config.masked_slots_range
+        if span <= 0 or high == 0:
+            return mask
+        if config.mask_static_slots:
+            maskable = torch.ones(batch, num_slots, dtype=torch.bool, device=device)
+        elif moving is not None:
+            maskable = moving
+        else:
+            change = (slots - slots[:, :1]).float().square().mean(-1).sqrt().amax(dim=1)
+            maskable = change > config.static_slot_tolerance
+
+        def uniform(*shape):
+            return torch.rand(*shape, device=device, generator=generator)
+
+        count = torch.randint(low, high + 1, (batch,), device=device, generator=generator)
+        count = torch.minimum(count, maskable.sum(-1))
+        count = torch.where(uniform(batch) < config.mask_probability, count, 0)
+
+        later = mask[:, config.visible_prefix :]  # a view: what is set below lands in `mask`
+        if config.mask_strategy == "object":
+            later |= (_ranks(uniform(batch, num_slots).masked_fill(~maskable, 2.0)) < count[:, None])[:, None]
+        elif config.mask_strategy == "token":
+            noise = uniform(batch, span, num_slots).masked_fill(~maskable[:, None], 2.0)
+            later |= (_ranks(noise.flatten(1)) < (count * span)[:, None]).unflatten(1, (span, num_slots))
+        else:
+            frame = torch.arange(span, device=device)
+            for tube in range(high):
+                length = torch.randint(1, span + 1, (batch, 1), device=device, generator=generator)
+                start = (uniform(batch, 1) * (span - length + 1)).long()
+                slot_rank = _ranks(uniform(batch, num_slots).masked_fill(~maskable, 2.0))
+                # Fill span tokens in the order: inside the span, slot by slot; what does not fit spills next to it.
+                outside = ((start - frame).clamp(min=0) + (frame - start - length + 1).clamp(min=0))[:, :, None]
+                key = (outside * num_slots + slot_rank[:, None]) * span + frame[:, None]
+                taken = later | ~maskable[:, None]
+                key = key + taken * (4 * span * span * num_slots)
+                chosen = (_ranks(key.flatten(1)) < span).unflatten(1, (span, num_slots)) & ~taken
+                later |= chosen & (tube < count)[:, None, None]
+        return mask
+
+    def _full_mask(self, slot_mask: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        batch, steps, num_slots, _ = slots.shape
+        if slot_mask.dtype != torch.bool:
+            raise ValueError(f"slot_mask has dtype {slot_mask.dtype}: expected torch.bool (True = hidden).")
+        if slot_mask.shape == (batch, num_slots):
+            slot_mask = slot_mask[:, None].repeat(1, steps, 1)
+            slot_mask[:, : self.config.visible_prefix] = False
+        if slot_mask.shape != (batch, steps, num_slots):
+            raise ValueError(
+                f"slot_mask has shape {tuple(slot_mask.shape)}: expected {(batch, steps, num_slots)} or, for whole "
+                f"objects, {(batch, num_slots)}."
+            )
+        if not torch.compiler.is_compiling() and slot_mask[:, : self.config.visible_prefix].any():
+            raise ValueError(
+                f"slot_mask hides a frame of the visible prefix ({self.config.visible_prefix} frame(s)): a slot that "
+                "was never seen has no anchor. Leave the first frames False."
+            )
+        return slot_mask
+
+    # ------------------------------------------------------------------------------------------------ forward
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        slots: torch.Tensor,
+        *,
+        actions: torch.Tensor | None = None,
+        proprio: torch.Tensor | None = None,
+        future_slots: torch.Tensor | None = None,
+        future_proprio: torch.Tensor | None = None,
+        slot_mask: torch.Tensor | None = None,
+        **kwargs,
+    ) -> CJepaOutput:
+        """
+        Predicts hidden history and future slots; with `future_slots` also the losses (paper section 3.3).
+
+        Args:
+            slots (`torch.Tensor` of shape `(B, T, N, D)`): Observed frames, T from 1 to history_length. Shorter
+                histories are aligned to the right.
+            actions (`torch.Tensor` of shape `(B, T, A)`, *optional*): Normalised action block taken at every frame.
+            proprio (`torch.Tensor` of shape `(B, T, P)`, *optional*): Normalised proprioception.
+            future_slots (`torch.Tensor` of shape `(B, prediction_length, N, D)`, *optional*): Targets.
+            future_proprio (`torch.Tensor` of shape `(B, prediction_length, P)`, *optional*): Targets.
+            slot_mask (`torch.BoolTensor` of shape `(B, T, N)` or `(B, N)`, *optional*): True = hidden. By default
+                masks are drawn per sample in training mode, and nothing is hidden in eval mode.
+            output_attentions, output_hidden_states (`bool`, *optional*): Attentions need
+                `model.set_attn_implementation("eager")`.
+        """
+        if kwargs.get("output_attentions") and self.config._attn_implementation != "eager":
+            raise ValueError(
+                f"output_attentions needs eager attention, not {self.config._attn_implementation!r}: call "
+                "model.set_attn_implementation('eager')."
+            )
+        config = self.config
+        slots = self._check_slots(slots, config.history_length)
+        batch, steps, num_slots, _ = slots.shape
+        if actions is not None:
+            actions = self._checked("actions", actions, config.action_size, "(B, T, A)", 3)
+        if proprio is not None:
+            proprio = self._checked("proprio", proprio, config.proprio_size, "(B, T, P)", 3)
+        self._check_auxiliaries(actions, proprio, batch, steps)
+        if slot_mask is not None:
+            slot_mask = self._full_mask(slot_mask, slots)
+        elif self.training and config.masked_slots_range[1] > 0 and config.mask_probability > 0:
+            slot_mask = self.draw_slot_mask(slots)
+
+        tokens = self._tokens(slots, actions, proprio)
+        hidden = None
+        if slot_mask is not None:
+            hidden = F.pad(slot_mask, (0, config.num_auxiliary_tokens))
+        predicted_slots, predicted_proprio = self._split(self.predictor(tokens, hidden))
+
+        loss = history_loss = future_loss = proprio_loss = None
+        if future_slots is not None:
+            expected = (batch, config.prediction_length, num_slots, config.slot_size)
+            future_slots = self._checked("future_slots", future_slots, config.slot_size, "(B, P, N, D)", 4)
+            if future_slots.shape != expected:
+                raise ValueError(f"future_slots has shape {tuple(future_slots.shape)}: expected {expected}.")
+            future_loss = self._token_loss(predicted_slots[:, steps:], future_slots).mean()
+            loss = future_loss
+            if slot_mask is not None:
+                history_loss = self._history_loss(predicted_slots[:, :steps], slots, slot_mask)
+                loss = loss + config.history_loss_weight * history_loss
+            if config.proprio_size and future_proprio is not None:
+                future_proprio = self._checked("future_proprio", future_proprio, config.proprio_size, "(B, P, P)", 3)
+                # The target is detached, as in the released code: the embedding learns from its use as input.
+                target = self.embed_proprio(future_proprio).detach()
+                if target.shape[:2] != (batch, config.prediction_length):
+                    raise ValueError(
+                        f"future_proprio has shape {tuple(future_proprio.shape)}: expected "
+                        f"{(batch, config.prediction_length, config.proprio_size)}."
+                    )
+                proprio_loss = F.mse_loss(predicted_proprio[:, steps:].float(), target.float())
+                loss = loss + proprio_loss
+        return CJepaOutput(
+            loss=loss,
+            history_loss=history_loss,
+            future_loss=future_loss,
+            proprio_loss=proprio_loss,
+            predicted_slots=predicted_slots,
+            predicted_proprio_embeddings=predicted_proprio,
+            slot_mask=slot_mask,
+        )
+
+    def _token_loss(self, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Loss per token [...] of [..., D]; both losses equal the mean squared error for small errors."""
+        error = (prediction.float() - target.detach().float()).square().mean(-1)
+        if self.config.loss_type == "mse":
+            return error
+        delta = self.config.huber_delta
+        return 2 * delta**2 * ((1 + error / delta**2).sqrt() - 1)
+
+    def _history_loss(self, prediction: torch.Tensor, slots: torch.Tensor, slot_mask: torch.Tensor) -> torch.Tensor:
+        """
+        Mean over samples of the mean over their hidden tokens. A sample counts the same however much of it is hidden,
+        so equal shards of a batch give the same loss and gradient as the whole.
+        """
+        counted = slot_mask
+        if self.config.anchor_in_history_loss:
+            counted = slot_mask.clone()
+            counted[:, : self.config.visible_prefix] = slot_mask.any(dim=1, keepdim=True)
+        error = (self._token_loss(prediction, slots) * counted).sum(dim=(1, 2))
+        return (error / counted.sum(dim=(1, 2)).clamp(min=1)).mean()
+
+    # ---------------------------------------------------------------------------------------------- inference
+
+    def predict(
+        self, slots: torch.Tensor, *, actions: torch.Tensor | None = None, proprio: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The next `prediction_length` frames of slots [B, P, N, D] after slots [B, T, N, D]; nothing is hidden."""
+        slots = self._check_slots(slots, self.config.history_length)
+        if actions is not None:
+            actions = self._checked("actions", actions, self.config.action_size, "(B, T, A)", 3)
+        if proprio is not None:
+            proprio = self._checked("proprio", proprio, self.config.proprio_size, "(B, T, P)", 3)
+        self._check_auxiliaries(actions, proprio, slots.shape[0], slots.shape[1])
+        return self._split(self.predictor(self._tokens(slots, actions, proprio), None, future_only=True))[0]
+
+    def rollout(
+        self,
+        slots: torch.Tensor,
+        *,
+        actions: torch.Tensor | None = None,
+        proprio: torch.Tensor | None = None,
+        num_steps: int | None = None,
+        match_slots: bool = False,
+        window_length: int | None = None,
+    ) -> CJepaRolloutOutput:
+        """
+        Imagines `num_steps` = K frames, feeding predictions back (windows of at most `window_length` frames).
+
+        Args:
+            slots (`torch.Tensor` of shape `(B, T, N, D)`): Observed frames.
+            actions (`torch.Tensor` of shape `(B, T + K - 1, A)` or `(B, S, T + K - 1, A)`, *optional*): Action k
+                belongs to frame k, observed or imagined. With candidates the results have an S axis after B.
+            proprio (`torch.Tensor` of shape `(B, T, P)`, *optional*): Of the observed frames; later ones are imagined.
+            num_steps (`int`, *optional*): K; follows from `actions` when they are given.
+            match_slots (`bool`): Keep the order of slots by optimal assignment to the frame before (the released
+                planner does; needless for encoders whose slots keep their roles).
+            window_length (`int`, *optional*): Frames the predictor sees at most; history_length by default.
+        """
+        config = self.config
+        slots = self._check_slots(slots, None)
+        batch, steps, num_slots, _ = slots.shape
+        window = config.history_length if window_length is None else window_length
+        if not 1 <= window <= config.history_length:
+            raise ValueError(f"window_length={window} must lie in 1..history_length={config.history_length}.")
+        num_samples = None
+        if actions is not None:
+            actions = self._checked("actions", actions, config.action_size, "(B, T + K - 1, A)", (3, 4))
+            num_samples = actions.shape[1] if actions.ndim == 4 else None
+            available = actions.shape[-2] - steps + 1
+            if num_steps is None:
+                num_steps = available
+            if num_steps != available:
+                raise ValueError(
+                    f"actions has {actions.shape[-2]} steps: {steps} observed frames and num_steps={num_steps} need "
+                    f"{steps + num_steps - 1}."
+                )
+        if proprio is not None:
+            proprio = self._checked("proprio", proprio, config.proprio_size, "(B, T, P)", 3)
+            if proprio.shape[1] != steps:
+                raise ValueError(f"proprio has {proprio.shape[1]} frames: expected {steps}, one per frame of slots.")
+        self._check_auxiliaries(actions, proprio, batch, None)
+        if num_steps is None or num_steps < 1:
+            raise ValueError(f"num_steps={num_steps}: a rollout needs at least one step.")
+
+        embedded = self.embed_actions(actions) if actions is not None else None
+        observed = actions[..., :steps, :] if actions is not None and num_samples is None else None
+        if num_samples is not None:
+            # The scene is embedded once; every candidate then gets its own action on the observed frames.
+            observed = actions.new_zeros(batch, steps, config.action_size)
+        history = self._tokens(slots, observed, proprio)[:, -window:]
+        if num_samples is not None:
+            history = history.repeat_interleave(num_samples, dim=0)
+            embedded = embedded.flatten(0, 1)
+            history = self._with_actions(history, embedded[:, max(steps - window, 0) : steps])
+
+        frames, done = [], 0
+        while done < num_steps:
+            predicted = self.predictor(history, None, future_only=True)[:, : num_steps - done]
+            if match_slots:
+                slot_part = (..., slice(num_slots), slice(config.slot_size))
+                order = assign_slots(predicted[:, 0][slot_part], history[:, -1][slot_part])
+                order = order.unsqueeze(1).expand(-1, predicted.shape[1], -1)
+                reordered = reorder_slots(predicted[:, :, :num_slots], order)
+                predicted = torch.cat([reordered, predicted[:, :, num_slots:]], dim=2)
+            frames.append(predicted)
+            done += predicted.shape[1]
+            if done < num_steps:
+                if embedded is not None:
+                    start = steps + done - predicted.shape[1]
+                    predicted = self._with_actions(predicted, embedded[:, start : start + predicted.shape[1]])
+                history = torch.cat([history, predicted], dim=1)[:, -window:]
+        imagined, proprio_embeddings = self._split(torch.cat(frames, dim=1))
+        if num_samples is not None:
+            imagined = imagined.unflatten(0, (batch, num_samples))
+            if proprio_embeddings is not None:
+                proprio_embeddings = proprio_embeddings.unflatten(0, (batch, num_samples))
+        return CJepaRolloutOutput(slots=imagined, proprio_embeddings=proprio_embeddings)
+
+    # --------------------------------------------------------------------------------------------- statistics
+
+    def set_statistics(self, **statistics) -> None:
+        """Sets `action_mean`, `action_std` [action_size], `proprio_mean`, `proprio_std` [proprio_size] (raw units)."""
+        for name, value in statistics.items():
+            buffer = getattr(self, name, None) if name in _STATISTICS else None
+            if buffer is None:
+                raise ValueError(f"{name!r} is no statistic of this model: expected some of {_STATISTICS}.")
+            value = torch.as_tensor(value, dtype=torch.float32)
+            if value.shape != buffer.shape or not torch.isfinite(value).all():
+                raise ValueError(f"{name}={value.tolist()}: expected {buffer.numel()} finite numbers.")
+            if name.endswith("_std") and (value <= 0).any():
+                raise ValueError(f"{name}={value.tolist()}: standard deviations must be positive.")
+            buffer.copy_(value)
+
+    def _statistics(self, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+        mean = getattr(self, f"{kind}_mean", None)
+        if mean is None:
+            raise ValueError(f"This model was built without {kind}.")
+        std = getattr(self, f"{kind}_std")
+        if not (torch.isfinite(mean).all() and torch.isfinite(std).all()):
+            raise ValueError(
+                f"This checkpoint has no {kind} statistics, so environment units cannot be converted: call "
+                f"model.set_statistics({kind}_mean=..., {kind}_std=...) with those of its training data."
+            )
+        return mean.float(), std.float()
+
+    def normalize_actions(self, actions: torch.Tensor) -> torch.Tensor:
+        """Action blocks [..., A] from environment units to the units the model works in."""
+        mean, std = self._statistics("action")
+        return (actions - mean) / std
+
+    def denormalize_actions(self, actions: torch.Tensor) -> torch.Tensor:
+        """Action blocks [..., A] back to environment units."""
+        mean, std = self._statistics("action")
+        return actions * std + mean
+
+    def normalize_proprio(self, proprio: torch.Tensor) -> torch.Tensor:
+        """Proprioception [..., P] from environment units to the units the model works in."""
+        mean, std = self._statistics("proprio")
+        return (proprio - mean) / std
+
+
+def _ranks(values: torch.Tensor) -> torch.Tensor:
+    """Rank of every value within its row [B, K]."""
+    return values.argsort(dim=-1).argsort(dim=-1)
+
+
+__all__ = ["CJepaConfig", "CJepaModel", "CJepaOutput", "CJepaPreTrainedModel", "CJepaRolloutOutput", "assign_slots"]
