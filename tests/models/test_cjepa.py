@@ -1,0 +1,435 @@
+"""The C-JEPA model: masks, flags, losses, rollout, saving, and errors that say what to do."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from golden import original_key
+from scipy.optimize import linear_sum_assignment
+from transformers import AutoConfig, AutoModel
+
+from cjepa_hf import CJepaConfig, CJepaModel
+from cjepa_hf.models.cjepa.modeling_cjepa import assign_slots, reorder_slots, solve_assignment
+
+TINY = dict(
+    slot_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64, action_size=10, proprio_size=4
+)
+OURS = dict(norm_first=True, residual_prediction="last", anchor="last_visible")
+
+
+def tiny(seed=0, **config) -> CJepaModel:
+    torch.manual_seed(seed)
+    model = CJepaModel(CJepaConfig(**(TINY | config))).eval()
+    for parameter in model.parameters():  # nothing at its initial zero: every path must matter
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def window(batch=3, steps=3, slots=4, seed=1, **extra):
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=g)
+
+    return (
+        dict(slots=draw(batch, steps, slots, 32), actions=draw(batch, steps, 10), proprio=draw(batch, steps, 4))
+        | extra
+    )
+
+
+def targets(batch=3, slots=4, horizon=1, seed=2):
+    g = torch.Generator().manual_seed(seed)
+    return dict(
+        future_slots=torch.randn(batch, horizon, slots, 32, generator=g),
+        future_proprio=torch.randn(batch, horizon, 4, generator=g),
+    )
+
+
+# --------------------------------------------------------------------------------------------------------- masks
+
+
+@pytest.mark.parametrize("strategy", ["object", "token", "tube"])
+@pytest.mark.parametrize("prefix", [1, 2])
+def test_masks_hide_the_declared_number_of_tokens_and_never_the_visible_prefix(strategy, prefix):
+    model = tiny(mask_strategy=strategy, num_masked_slots=[0, 2], visible_prefix=prefix, history_length=6)
+    mask = model.draw_slot_mask(torch.randn(500, 6, 4, 32), torch.Generator().manual_seed(0))
+    assert not mask[:, :prefix].any()
+    counts = mask.sum((1, 2))
+    assert set(counts.tolist()) == {0, 6 - prefix, 2 * (6 - prefix)}
+    share = torch.stack([(counts == m * (6 - prefix)).float().mean() for m in range(3)])
+    assert (share - 1 / 3).abs().max() < 0.08  # |M| uniform on {0, 1, 2}
+    per_slot = mask.float().mean((0, 1))
+    assert (per_slot / per_slot.mean() - 1).abs().max() < 0.15  # no slot is favoured
+
+
+def test_object_masks_hide_whole_objects_and_differ_between_samples():
+    model = tiny(num_masked_slots=2)
+    mask = model.draw_slot_mask(torch.randn(200, 3, 4, 32), torch.Generator().manual_seed(0))
+    assert (mask[:, 1] == mask[:, 2]).all() and (mask[:, 1].sum(-1) == 2).all()
+    assert len({tuple(row.tolist()) for row in mask[:, 1]}) == 6  # all pairs of four slots occur
+
+
+def test_tubes_are_contiguous_in_time_unless_they_spill():
+    model = tiny(mask_strategy="tube", num_masked_slots=1, history_length=7)
+    mask = model.draw_slot_mask(torch.randn(300, 7, 8, 32), torch.Generator().manual_seed(0))[:, 1:].int()
+    starts = (torch.diff(mask, dim=1, prepend=torch.zeros_like(mask[:, :1])) == 1).sum(1)
+    assert starts.max() == 1
+    assert {int(n) for n in mask.any(1).sum(-1)} >= {1, 2, 3, 6}  # one long slot up to many short ones
+
+
+def test_mask_probability_leaves_samples_unmasked():
+    model = tiny(mask_probability=0.25)
+    mask = model.draw_slot_mask(torch.randn(2000, 3, 4, 32), torch.Generator().manual_seed(0))
+    assert abs(mask.any((1, 2)).float().mean() - 0.25) < 0.03
+
+
+def test_static_slots_are_not_masked_when_told_so():
+    model = tiny(num_masked_slots=2, mask_static_slots=False)
+    slots = torch.randn(100, 1, 4, 32).repeat(1, 3, 1, 1)
+    slots[:, 1:, 2] += 0.1
+    mask = model.draw_slot_mask(slots, torch.Generator().manual_seed(0))
+    assert mask[:, 1:, 2].all() and not mask[:, :, [0, 1, 3]].any()
+
+
+@pytest.mark.parametrize("flags", [{}, OURS])
+def test_a_hidden_token_cannot_reach_the_output(flags):
+    model = tiny(**flags)
+    inputs = window()
+    mask = torch.zeros(3, 3, 4, dtype=torch.bool)
+    mask[:, 1:, 2] = True
+    changed = dict(inputs, slots=inputs["slots"].clone())
+    changed["slots"][:, 1:, 2] += 5.0
+    with torch.no_grad():
+        a, b = (model(**x, slot_mask=mask).predicted_slots for x in (inputs, changed))
+        c = model(**changed).predicted_slots
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+    assert (a - c).abs().max() > 1e-2
+
+
+def test_a_mask_of_whole_objects_may_be_given_as_batch_by_slots():
+    model = tiny()
+    objects = torch.tensor([[True, False, False, False]] * 3)
+    full = objects[:, None].repeat(1, 3, 1)
+    full[:, 0] = False
+    with torch.no_grad():
+        a, b = (model(**window(), slot_mask=m) for m in (objects, full))
+    torch.testing.assert_close(a.predicted_slots, b.predicted_slots)
+    assert torch.equal(a.slot_mask, full)
+
+
+def test_masks_are_drawn_in_training_and_nothing_is_hidden_in_evaluation():
+    model = tiny()
+    assert model(**window()).slot_mask is None
+    assert model.train()(**window()).slot_mask.any()
+
+
+# --------------------------------------------------------------------------------------------------------- flags
+
+
+@pytest.mark.parametrize("residual", ["last", "velocity"])
+def test_residual_prediction_starts_from_the_last_visible_state(residual):
+    torch.manual_seed(0)
+    model = CJepaModel(CJepaConfig(**(TINY | OURS | dict(residual_prediction=residual)))).eval()
+    torch.nn.init.zeros_(model.predictor.head.bias)
+    inputs = window()
+    slots = inputs["slots"]
+    mask = torch.zeros(3, 3, 4, dtype=torch.bool)
+    mask[:, 1:, 1] = True
+    with torch.no_grad():
+        predicted = model(**inputs, slot_mask=mask).predicted_slots
+        future = model.predict(**inputs)
+    step = slots[:, 2] - slots[:, 1] if residual == "velocity" else 0.0
+    torch.testing.assert_close(future[:, 0], slots[:, 2] + step)
+    torch.testing.assert_close(predicted[:, 3, [0, 2, 3]], (slots[:, 2] + step)[:, [0, 2, 3]])
+    # the hidden slot was last seen in frame 0, and its velocity was never seen
+    for t in (1, 2, 3):
+        torch.testing.assert_close(predicted[:, t, 1], slots[:, 0, 1])
+
+
+@pytest.mark.parametrize("flags", [{}, OURS, OURS | dict(residual_prediction="velocity")])
+def test_the_shortcut_for_future_frames_equals_the_full_forward(flags):
+    model = tiny(**flags)
+    for steps in (1, 2, 3):
+        inputs = window(steps=steps)
+        with torch.no_grad():
+            full = model(**inputs).predicted_slots[:, steps:]
+            no_mask = model(**inputs, slot_mask=torch.zeros(3, steps, 4, dtype=torch.bool)).predicted_slots[:, steps:]
+            torch.testing.assert_close(model.predict(**inputs), full, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(no_mask, full, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("flags", [{}, OURS])
+def test_slots_are_a_set(flags):
+    model = tiny(**flags)
+    inputs = window()
+    order = torch.tensor([2, 0, 3, 1])
+    with torch.no_grad():
+        straight = model.predict(**inputs)
+        permuted = model.predict(**dict(inputs, slots=inputs["slots"][:, :, order]))
+        torch.testing.assert_close(permuted, straight[:, :, order], atol=1e-5, rtol=1e-5)
+        assert model.predict(**dict(inputs, slots=inputs["slots"][:, :, :3])).shape == (3, 1, 3, 32)
+
+
+def test_history_loss_counts_hidden_tokens_and_optionally_the_anchor():
+    inputs = window() | targets()
+    mask = torch.zeros(3, 3, 4, dtype=torch.bool)
+    mask[0, 1:, 2] = mask[1, 2, 0] = True
+    for anchor in (True, False):
+        model = tiny(anchor_in_history_loss=anchor)
+        output = model(**inputs, slot_mask=mask)
+        error = (output.predicted_slots[:, :3] - inputs["slots"]).square().mean(-1)
+        first = [error[0, int(not anchor) :, 2], error[1, [0, 2] if anchor else [2], 0]]
+        expected = sum(x.mean() for x in first) / 3  # the third sample hides nothing
+        torch.testing.assert_close(output.history_loss, expected)
+        torch.testing.assert_close(output.loss, output.future_loss + output.history_loss + output.proprio_loss)
+
+
+def test_huber_equals_mse_for_small_errors_and_grows_linearly_for_large_ones():
+    model = tiny(loss_type="huber", huber_delta=0.1)
+    target = torch.zeros(2, 4, 32)
+    small, large = torch.full((2, 4, 32), 1e-3), torch.full((2, 4, 32), 50.0)
+    torch.testing.assert_close(model._token_loss(small, target), torch.full((2, 4), 1e-6), rtol=1e-3, atol=0)
+    ratio = model._token_loss(2 * large, target) / model._token_loss(large, target)
+    torch.testing.assert_close(ratio, torch.full((2, 4), 2.0), rtol=1e-2, atol=0)
+
+
+def test_targets_give_no_gradient():
+    model = tiny()
+    inputs = window() | targets()
+    inputs["future_slots"].requires_grad_()
+    model(**inputs).loss.backward()
+    assert inputs["future_slots"].grad is None
+
+
+def test_equal_shards_of_a_batch_give_the_loss_of_the_whole():
+    model = tiny()
+    inputs = window(batch=4) | targets(batch=4)
+    mask = model.draw_slot_mask(inputs["slots"], torch.Generator().manual_seed(3))
+    mask[0] = False
+    whole = model(**inputs, slot_mask=mask).loss
+    halves = [
+        model(**{k: v[part] for k, v in inputs.items()}, slot_mask=mask[part]).loss
+        for part in (slice(0, 2), slice(2, 4))
+    ]
+    torch.testing.assert_close(sum(halves) / 2, whole)
+
+
+# ------------------------------------------------------------------------------------------------------- rollout
+
+
+@pytest.mark.parametrize("fusion", ["tokens", "concat"])
+def test_candidates_of_a_rollout_do_not_influence_each_other(fusion):
+    extra = dict(action_embedding_size=8, proprio_embedding_size=8) if fusion == "concat" else {}
+    model = tiny(auxiliary_fusion=fusion, **OURS, **extra)
+    inputs = window(batch=2, steps=2)
+    actions = torch.randn(2, 5, 2 + 3, 10)
+    with torch.no_grad():
+        together = model.rollout(inputs["slots"], actions=actions, proprio=inputs["proprio"])
+        alone = model.rollout(inputs["slots"], actions=actions[:, 3], proprio=inputs["proprio"])
+    assert together.slots.shape == (2, 5, 4, 4, 32)
+    torch.testing.assert_close(together.slots[:, 3], alone.slots, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(together.proprio_embeddings[:, 3], alone.proprio_embeddings, atol=1e-5, rtol=1e-5)
+
+
+def test_the_first_imagined_frame_is_the_prediction_and_each_action_acts_from_its_frame_on():
+    model = tiny()
+    inputs = window(batch=2, steps=3)
+    actions = torch.cat([inputs["actions"], torch.randn(2, 3, 10)], dim=1)
+    later = actions.clone()
+    later[:, 4] += 1.0  # belongs to the second imagined frame: the third is the first it can change
+    with torch.no_grad():
+        a = model.rollout(inputs["slots"], actions=actions, proprio=inputs["proprio"]).slots
+        b = model.rollout(inputs["slots"], actions=later, proprio=inputs["proprio"]).slots
+        torch.testing.assert_close(a[:, :1], model.predict(**inputs))
+    torch.testing.assert_close(a[:, :2], b[:, :2])
+    assert (a[:, 2] - b[:, 2]).abs().max() > 1e-3
+
+
+def test_longer_predictions_are_cut_to_the_number_of_steps():
+    model = tiny(action_size=0, proprio_size=0, prediction_length=4)
+    slots = torch.randn(2, 3, 4, 32)
+    with torch.no_grad():
+        long, short = (model.rollout(slots, num_steps=k).slots for k in (6, 5))
+    assert long.shape == (2, 6, 4, 32)
+    torch.testing.assert_close(long[:, :5], short)
+
+
+def test_matching_undoes_a_permutation_of_the_predicted_slots():
+    slots = torch.randn(7, 6, 16)
+    shuffled = slots[:, [3, 1, 0, 5, 4, 2]] + 0.01 * torch.randn(7, 6, 16)
+    torch.testing.assert_close(reorder_slots(shuffled, assign_slots(shuffled, slots)), slots, atol=0.1, rtol=0)
+
+
+@pytest.mark.parametrize("n", [1, 2, 4, 7, 8])
+def test_batched_assignment_is_as_cheap_as_scipys(n):
+    cost = torch.rand(20, 3, n, n, generator=torch.Generator().manual_seed(n))
+    columns = solve_assignment(cost)
+    assert (columns.sort(-1).values == torch.arange(n)).all()
+    for got, matrix in zip(columns.flatten(0, 1), cost.flatten(0, 1).numpy()):
+        rows, best = linear_sum_assignment(matrix)
+        np.testing.assert_allclose(matrix[rows, got.numpy()].sum(), matrix[rows, best].sum(), rtol=1e-6)
+
+
+# ------------------------------------------------------------------------------------- transformers conventions
+
+
+def test_a_saved_folder_loads_through_the_auto_classes_with_equal_outputs_and_statistics(tmp_path):
+    model = tiny(**OURS, num_masked_slots=[0, 2])
+    model.set_statistics(action_mean=np.arange(10.0), action_std=np.ones(10))
+    model.save_pretrained(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+    again = AutoModel.from_pretrained(tmp_path)
+    assert isinstance(again, CJepaModel) and AutoConfig.from_pretrained(tmp_path).num_masked_slots == [0, 2]
+    with torch.no_grad():
+        torch.testing.assert_close(again.predict(**window()), model.predict(**window()))
+    torch.testing.assert_close(again.action_mean, torch.arange(10.0))
+    assert again.proprio_mean.isnan().all()
+
+
+def test_parameters_missing_from_a_checkpoint_are_initialised_not_left_as_memory(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model = tiny(**OURS)
+    model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    for key in ("predictor.mask_token", "predictor.age_embedding", "action_mean"):
+        state.pop(key)
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    again = CJepaModel.from_pretrained(tmp_path)
+    assert again.predictor.mask_token.abs().max() < 0.05
+    assert (again.predictor.age_embedding == 0).all() and again.action_mean.isnan().all()
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    inputs = window() | targets()
+    grads = []
+    for checkpointing in (False, True):
+        model = tiny(hidden_dropout=0.0, attention_dropout=0.0).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model(**inputs, slot_mask=torch.tensor([[False, True, False, False]] * 3)).loss.backward()
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("flags", [{}, OURS])
+def test_it_compiles_without_graph_breaks_in_training_and_inference(flags):
+    model = tiny(**flags)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(**window()).predicted_slots, model(**window()).predicted_slots)
+    model.train()
+    assert torch.isfinite(compiled(**window(), **targets()).loss)
+    torch._dynamo.reset()
+
+
+def test_bfloat16_stays_close_to_float32():
+    model = tiny(**OURS)
+    inputs = window()
+    with torch.no_grad():
+        exact = model.predict(**inputs)
+        half = model.bfloat16().predict(**inputs)
+    assert half.dtype == torch.bfloat16
+    assert (half.float() - exact).norm() / exact.norm() < 0.02
+
+
+def test_export_with_code_loads_in_a_process_without_this_package(tmp_path):
+    import subprocess
+    import sys
+
+    model = tiny(**OURS)
+    script = (
+        "from cjepa_hf import CJepaConfig, CJepaModel\n"
+        "CJepaConfig.register_for_auto_class(); CJepaModel.register_for_auto_class('AutoModel')\n"
+        f"m = CJepaModel.from_pretrained({str(tmp_path / 'plain')!r}); m.save_pretrained({str(tmp_path / 'code')!r})\n"
+    )
+    model.save_pretrained(tmp_path / "plain")
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+    assert json.loads((tmp_path / "code" / "config.json").read_text())["auto_map"]["AutoModel"].endswith("CJepaModel")
+    script = (
+        "import sys, torch\nfrom transformers import AutoModel\n"
+        f"m = AutoModel.from_pretrained({str(tmp_path / 'code')!r}, trust_remote_code=True)\n"
+        "assert 'cjepa_hf' not in sys.modules\n"
+        "print(m.predict(torch.ones(1, 1, 4, 32), actions=torch.ones(1, 1, 10), proprio=torch.ones(1, 1, 4)).sum().item())"
+    )
+    env = {"HF_MODULES_CACHE": str(tmp_path / "cache"), "PATH": ""}
+    printed = subprocess.run(
+        [sys.executable, "-c", script], check=True, capture_output=True, text=True, env=env
+    ).stdout
+    with torch.no_grad():
+        ones = dict(slots=torch.ones(1, 1, 4, 32), actions=torch.ones(1, 1, 10), proprio=torch.ones(1, 1, 4))
+        np.testing.assert_allclose(float(printed), model.predict(**ones).sum().item(), rtol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(slots=torch.randn(3, 4, 4, 32)), "history_length=3"),
+        (dict(slots=torch.randn(3, 3, 4, 16)), "last axis 32"),
+        (dict(slots=torch.randn(3, 4, 32)), "B, T, N, D"),
+        (dict(slots=torch.zeros(3, 3, 4, 32, dtype=torch.long)), "int64"),
+        (dict(slots=torch.full((3, 3, 4, 32), float("nan"))), "NaN"),
+        (dict(slots=np.zeros((3, 3, 4, 32))), "ndarray"),
+        (dict(actions=None), "pass actions"),
+        (dict(actions=torch.randn(3, 2, 10)), "3 frames"),
+        (dict(proprio=torch.randn(3, 3, 5)), "last axis 4"),
+        (dict(slot_mask=torch.ones(3, 3, 4, dtype=torch.bool)), "visible prefix"),
+        (dict(slot_mask=torch.zeros(3, 3, 4)), "torch.bool"),
+        (dict(slot_mask=torch.zeros(3, 3, 5, dtype=torch.bool)), "(3, 3, 4)"),
+        (dict(future_slots=torch.randn(3, 2, 4, 32)), "(3, 1, 4, 32)"),
+        (dict(output_attentions=True), "eager"),
+    ],
+)
+def test_bad_input_says_what_was_expected(change, message):
+    with pytest.raises(ValueError) as error:
+        tiny()(**(window() | change))
+    assert message in str(error.value)
+
+
+def test_actions_for_a_model_without_them_are_refused():
+    with pytest.raises(ValueError, match="without actions"):
+        tiny(action_size=0)(**window())
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (dict(num_slot=4), "num_slots"),
+        (dict(hidden_size=64), "derived"),
+        (dict(slot_size=30), "num_attention_heads"),
+        (dict(num_masked_slots=[2, 1]), "low <= high"),
+        (dict(num_masked_slots=5), "num_slots=4"),
+        (dict(mask_probability=1.5), "mask_probability"),
+        (dict(action_size=10, action_embedding_size=10), "concat"),
+    ],
+)
+def test_a_wrong_config_names_the_field(config, message):
+    with pytest.raises(ValueError, match=message):
+        CJepaConfig(**config)
+
+
+def test_environment_units_need_statistics():
+    model = tiny()
+    with pytest.raises(ValueError, match="set_statistics"):
+        model.denormalize_actions(torch.zeros(1, 10))
+    with pytest.raises(ValueError, match="positive"):
+        model.set_statistics(action_std=np.zeros(10))
+    model.set_statistics(action_mean=np.full(10, 2.0), action_std=np.full(10, 4.0))
+    raw = torch.randn(5, 10)
+    torch.testing.assert_close(model.denormalize_actions(model.normalize_actions(raw)), raw)
+    torch.testing.assert_close(model.normalize_actions(torch.full((1, 10), 6.0)), torch.ones(1, 10))
+
+
+def test_encoding_pixels_without_an_encoder_says_how_to_get_one():
+    with pytest.raises(ValueError, match="slot_encoder"):
+        tiny().encode(torch.zeros(1, 1, 3, 64, 64))
+
+
+def test_the_map_from_released_names_refuses_what_it_does_not_know():
+    assert original_key("predictor.to_out.weight") == "predictor.head.weight"
+    with pytest.raises(KeyError):
+        original_key("predictor.unknown.weight")
