@@ -1,0 +1,17 @@
+"""Planning in slot space: costs, sampling planners and model-predictive control."""
+
+from .costs import RolloutCost, SlotGoalCost
+from .mpc import MPCPlan, MPCPolicy
+from .planners import CEMPlanner, ICEMPlanner, MPPIPlanner, PlannerOutput, default_planner
+
+__all__ = [
+    "CEMPlanner",
+    "ICEMPlanner",
+    "MPCPlan",
+    "MPCPolicy",
+    "MPPIPlanner",
+    "PlannerOutput",
+    "RolloutCost",
+    "SlotGoalCost",
+    "default_planner",
+]

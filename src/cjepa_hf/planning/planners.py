@@ -1,0 +1,307 @@
+"""Sampling planners: minimise `cost_fn(actions [B, S, H, A]) -> [B, S]` for B tasks at once."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+CostFn = Callable[[torch.Tensor], torch.Tensor]
+Bounds = tuple[torch.Tensor | float, torch.Tensor | float]
+
+
+@dataclass
+class PlannerOutput:
+    """
+    actions: [B, H, A], the plan of each task.
+    cost: [B], the cost of exactly these actions.
+    history: [iterations, B], the lowest cost seen in each iteration.
+    """
+
+    actions: torch.Tensor
+    cost: torch.Tensor
+    history: torch.Tensor
+
+
+@dataclass(kw_only=True)
+class CEMPlanner:
+    """
+    Cross-entropy method. The defaults are the planner of the paper ("Planning on Push-T").
+
+    Every iteration draws `num_samples` plans from one Gaussian per task (the first plan is its mean itself) and refits
+    mean and standard deviation to the `num_elites` cheapest. As in the original, the deviation is the unbiased one of
+    the elites and has no floor, and the answer is the final mean.
+
+    Args:
+        var_scale: initial standard deviation, in units of the actions the cost takes (the original calls it a variance
+            and uses it as a deviation).
+        returns: "mean", or "best" for the cheapest plan seen.
+    """
+
+    num_samples: int = 300
+    num_iterations: int = 30
+    num_elites: int = 30
+    var_scale: float = 1.0
+    returns: Literal["mean", "best"] = "mean"
+
+    def __post_init__(self):
+        if self.num_iterations < 1:
+            raise ValueError(f"num_iterations must be at least 1, got {self.num_iterations}")
+        if not 2 <= self.num_elites <= self.num_samples:
+            raise ValueError(f"num_elites must be between 2 and num_samples={self.num_samples}, got {self.num_elites}")
+        if not self.var_scale > 0:
+            raise ValueError(f"var_scale must be positive, got {self.var_scale}")
+        if self.returns not in ("mean", "best"):
+            raise ValueError(f'returns must be "mean" or "best", got {self.returns!r}')
+
+    def plan(self, cost_fn: CostFn, **kwargs) -> torch.Tensor:
+        """The actions [B, H, A] of [`plan_with_info`], which takes the same arguments."""
+        return self.plan_with_info(cost_fn, **kwargs).actions
+
+    @torch.no_grad()
+    def plan_with_info(
+        self,
+        cost_fn: CostFn,
+        *,
+        batch_size: int,
+        horizon: int,
+        action_size: int,
+        initial: torch.Tensor | None = None,
+        generator: torch.Generator | None = None,
+        bounds: Bounds | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> PlannerOutput:
+        """
+        Plan `batch_size` tasks together.
+
+        Args:
+            cost_fn: maps candidate plans [B, S, H, A] to costs [B, S], lower is better. A non-finite cost counts as
+                worse than any finite one.
+            batch_size, horizon, action_size: B, H, A.
+            initial: [B, H, A], mean of the first iteration (0 without).
+            generator: makes the samples reproducible. Samples are drawn on its device, so that a CPU generator gives
+                the same ones whatever `device` is.
+            bounds: (low, high), broadcastable to [A], in the units of the actions; candidates are clamped to them.
+
+        Raises:
+            ValueError: wrong shapes, or a task for which no candidate of an iteration has a finite cost.
+        """
+        shape = (batch_size, horizon, action_size)
+        if min(shape) < 1:
+            raise ValueError(f"batch_size, horizon and action_size must be at least 1, got {shape}")
+        if initial is None:
+            mean = torch.zeros(shape, device=device, dtype=dtype)
+        else:
+            if tuple(initial.shape) != shape:
+                raise ValueError(f"initial must have shape [B, H, A] = {list(shape)}, got {list(initial.shape)}")
+            if not initial.isfinite().all():
+                raise ValueError("initial holds NaN or infinite actions")
+            mean = initial.to(device=device, dtype=dtype)
+        std = torch.full_like(mean, self.var_scale)
+        if bounds is not None:
+            bounds = tuple(torch.as_tensor(bound, device=device, dtype=dtype) for bound in bounds)
+            mean = mean.clamp(*bounds)
+
+        kept = None
+        best_actions, best_cost, history = mean, None, []
+        for iteration in range(self.num_iterations):
+            noise = self._noise(self._sample_count(iteration), shape, generator).to(device=device, dtype=dtype)
+            candidates = mean.unsqueeze(1) + std.unsqueeze(1) * noise
+            candidates = self._insert(candidates, mean, kept, iteration)
+            if bounds is not None:
+                candidates = candidates.clamp(*bounds)
+            costs = evaluate_candidates(cost_fn, candidates)
+
+            elite_costs, order = costs.topk(self.num_elites, dim=1, largest=False, sorted=True)
+            elites = candidates.gather(1, order[:, :, None, None].expand(-1, -1, horizon, action_size))
+            history.append(elite_costs[:, 0])
+            if best_cost is None:
+                best_cost, best_actions = elite_costs[:, 0], elites[:, 0]
+            else:
+                better = elite_costs[:, 0] < best_cost
+                best_cost = torch.where(better, elite_costs[:, 0], best_cost)
+                best_actions = torch.where(better[:, None, None], elites[:, 0], best_actions)
+            mean, std = self._update(mean, std, elites, elite_costs, iteration)
+            kept = elites
+
+        if self.returns == "mean":
+            best_actions = mean
+            best_cost = evaluate_candidates(cost_fn, mean.unsqueeze(1))[:, 0]
+        return PlannerOutput(actions=best_actions, cost=best_cost, history=torch.stack(history))
+
+    def _sample_count(self, iteration: int) -> int:
+        return self.num_samples
+
+    def _noise(self, count: int, shape: tuple[int, int, int], generator: torch.Generator | None) -> torch.Tensor:
+        batch, horizon, size = shape
+        device = None if generator is None else generator.device
+        return torch.randn(batch, count, horizon, size, generator=generator, device=device)
+
+    def _insert(
+        self, candidates: torch.Tensor, mean: torch.Tensor, kept: torch.Tensor | None, iteration: int
+    ) -> torch.Tensor:
+        candidates[:, 0] = mean
+        return candidates
+
+    def _update(
+        self, mean: torch.Tensor, std: torch.Tensor, elites: torch.Tensor, costs: torch.Tensor, iteration: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        # Elites without a finite cost (fewer finite candidates than elites) must not pull the distribution.
+        weight = costs.isfinite().to(elites.dtype)[:, :, None, None]
+        count = weight.sum(1)
+        new_mean = (elites * weight).sum(1) / count
+        variance = ((elites - new_mean.unsqueeze(1)).square() * weight).sum(1) / (count - 1).clamp(min=1)
+        return new_mean, variance.sqrt()
+
+
+@dataclass(kw_only=True)
+class ICEMPlanner(CEMPlanner):
+    """
+    iCEM (Pinneri et al., 2020): CEM with noise correlated over time, elites carried from one iteration to the next, a
+    moving average of the distribution, fewer samples in later iterations, and the cheapest plan seen as the answer.
+
+    Args:
+        noise_beta: exponent of the noise's power spectrum over the plan (0 = white, 2 = random-walk-like).
+        steps_per_block: raw steps inside one action (frame_skip), to colour the noise over H * steps_per_block raw
+            steps; 1 colours it over the H actions.
+        num_kept_elites: elites of the last iteration that compete again.
+        sample_decay: iteration i draws num_samples / sample_decay**i plans, at least 2 * num_elites.
+        momentum: share of the old mean and deviation kept at every update.
+    """
+
+    num_samples: int = 100
+    num_iterations: int = 10
+    num_elites: int = 15
+    returns: Literal["mean", "best"] = "best"
+    noise_beta: float = 2.0
+    steps_per_block: int = 1
+    num_kept_elites: int = 5
+    sample_decay: float = 1.25
+    momentum: float = 0.1
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.num_kept_elites <= self.num_elites:
+            raise ValueError(
+                f"num_kept_elites must be between 0 and num_elites={self.num_elites}, got {self.num_kept_elites}"
+            )
+        if self.sample_decay < 1:
+            raise ValueError(f"sample_decay must be at least 1, got {self.sample_decay}")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
+        if self.noise_beta < 0:
+            raise ValueError(f"noise_beta must not be negative, got {self.noise_beta}")
+
+    def _sample_count(self, iteration: int) -> int:
+        return min(self.num_samples, max(int(self.num_samples / self.sample_decay**iteration), 2 * self.num_elites))
+
+    def _noise(self, count: int, shape: tuple[int, int, int], generator: torch.Generator | None) -> torch.Tensor:
+        batch, horizon, size = shape
+        if size % self.steps_per_block:
+            raise ValueError(f"an action of size {size} does not split into steps_per_block={self.steps_per_block}")
+        steps = horizon * self.steps_per_block
+        noise = colored_noise((batch, count, size // self.steps_per_block, steps), self.noise_beta, generator)
+        return noise.movedim(-1, 2).reshape(batch, count, horizon, size)
+
+    def _insert(
+        self, candidates: torch.Tensor, mean: torch.Tensor, kept: torch.Tensor | None, iteration: int
+    ) -> torch.Tensor:
+        extra = [candidates]
+        if kept is not None and self.num_kept_elites:
+            extra.append(kept[:, : self.num_kept_elites])
+        if iteration == self.num_iterations - 1:
+            extra.append(mean.unsqueeze(1))
+        return torch.cat(extra, dim=1)
+
+    def _update(
+        self, mean: torch.Tensor, std: torch.Tensor, elites: torch.Tensor, costs: torch.Tensor, iteration: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        new_mean, new_std = super()._update(mean, std, elites, costs, iteration)
+        return mean.lerp(new_mean, 1 - self.momentum), std.lerp(new_std, 1 - self.momentum)
+
+
+@dataclass(kw_only=True)
+class MPPIPlanner(CEMPlanner):
+    """
+    Model-predictive path integral control: the mean moves to the elites weighted by
+    softmax(-cost / (temperature * standard deviation of the elites' costs)), so that the temperature does not depend
+    on the scale of the cost; the sampling deviation shrinks by `std_decay` per iteration.
+    """
+
+    num_samples: int = 100
+    num_iterations: int = 10
+    num_elites: int = 50
+    temperature: float = 0.5
+    std_decay: float = 0.9
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be positive, got {self.temperature}")
+        if not 0 < self.std_decay <= 1:
+            raise ValueError(f"std_decay must be in (0, 1], got {self.std_decay}")
+
+    def _update(
+        self, mean: torch.Tensor, std: torch.Tensor, elites: torch.Tensor, costs: torch.Tensor, iteration: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        finite = costs.isfinite()
+        gap = (costs - costs[:, :1]).masked_fill(~finite, 0)
+        scale = (gap.square().sum(1, keepdim=True) / finite.sum(1, keepdim=True)).sqrt()
+        logits = -gap / (self.temperature * scale).clamp(min=torch.finfo(costs.dtype).tiny)
+        weights = logits.masked_fill(~finite, -torch.inf).softmax(1).to(elites.dtype)
+        return (weights[:, :, None, None] * elites).sum(1), std * self.std_decay
+
+
+def default_planner() -> CEMPlanner:
+    """The planner used where none is named: as successful on Push-T as the paper's at a small part of its cost."""
+    return CEMPlanner(num_samples=64, num_iterations=6, num_elites=10)
+
+
+def evaluate_candidates(cost_fn: CostFn, candidates: torch.Tensor) -> torch.Tensor:
+    """
+    Costs [B, S] in float32 of candidates [B, S, H, A], non-finite ones as +inf.
+
+    Raises:
+        ValueError: the cost has another shape, or a task has no finite cost at all.
+    """
+    costs = cost_fn(candidates)
+    if tuple(costs.shape) != tuple(candidates.shape[:2]):
+        raise ValueError(
+            f"cost_fn must return [B, S] = {list(candidates.shape[:2])} for candidates "
+            f"{list(candidates.shape)}, got {list(costs.shape)}"
+        )
+    costs = costs.to(device=candidates.device, dtype=torch.float32)
+    finite = costs.isfinite()
+    hopeless = ~finite.any(dim=1)
+    if hopeless.any():
+        tasks = hopeless.nonzero().flatten().tolist()
+        raise ValueError(
+            f"no candidate has a finite cost in task(s) {tasks[:10]} of {len(costs)}: check the observation, the goal "
+            "and the model's weights for NaN or overflow"
+        )
+    return torch.where(finite, costs, torch.inf)
+
+
+def colored_noise(shape: tuple[int, ...], beta: float, generator: torch.Generator | None = None) -> torch.Tensor:
+    """
+    Gaussian noise whose power spectrum over the last axis falls as 1 / f**beta, of variance 1 at every position
+    (Timmer and Koenig, 1995). The mean over time is as strong as the slowest oscillation.
+    """
+    *batch, steps = shape
+    device = None if generator is None else generator.device
+    if steps == 1 or beta == 0:
+        return torch.randn(shape, generator=generator, device=device)
+    frequency = torch.fft.rfftfreq(steps, device=device)
+    frequency[0] = frequency[1]
+    amplitude = frequency ** (-beta / 2)
+    # The constant and (for even lengths) the Nyquist component are real: sqrt(2) keeps their power.
+    real = torch.randn(*batch, len(amplitude), generator=generator, device=device)
+    imaginary = torch.randn(*batch, len(amplitude), generator=generator, device=device)
+    single = [0] if steps % 2 else [0, -1]
+    real[..., single] *= 2**0.5
+    imaginary[..., single] = 0
+    # The variance at each position is the sum over the two-sided spectrum.
+    power = 4 * amplitude.square()
+    power[single] /= 2
+    return torch.fft.irfft(torch.complex(real, imaginary) * amplitude, n=steps) * steps / power.sum().sqrt()
