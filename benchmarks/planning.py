@@ -1,0 +1,179 @@
+"""Speed of planning, as json: one CEM iteration at the paper's size, and whole plans with a checkpoint.
+
+    python benchmarks/planning.py --output benchmarks/results/planning.json
+    python benchmarks/planning.py --model path/to/checkpoint --output benchmarks/results/planning_checkpoint.json
+
+The iteration (300 candidates, horizon 5, windows of 1, 2, 3, 3, 3 frames, 6 layers, 16 heads, D 128, MLP 2048, 4 slots
+and 2 auxiliary tokens) counts as 214 GFLOP whatever an implementation skips. Its time is given in units of that work at
+the rate of a 2048^3 bfloat16 matrix product measured between its repetitions, so that machines compare. Run it on an
+idle machine.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+ITERATION_GFLOP = 214.0
+PRODUCT_SIZE = 2048
+# glibc otherwise gives large activations back to the kernel after every use, and faults them in again.
+ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "20000000000"}
+
+
+def seconds(function, repeats: int, synchronize) -> list[float]:
+    times = []
+    for _ in range(repeats):
+        synchronize()
+        start = time.perf_counter()
+        function()
+        synchronize()
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def summary(times: list[float]) -> dict:
+    return {"median_s": statistics.median(times), "min_s": min(times), "max_s": max(times), "repeats": len(times)}
+
+
+def hardware(torch, device) -> dict:
+    name = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    return {
+        "cpu": name,
+        "cores": os.cpu_count(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "load_average": os.getloadavg()[0],
+        "fast_allocator": "MALLOC_TRIM_THRESHOLD_" in os.environ,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="checkpoint to time whole plans with; without, only the paper's size is timed")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32", "float16"])
+    parser.add_argument("--threads", type=int, help="torch threads (torch's choice without)")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--chunks", type=int, nargs="*", help="candidates per chunk to try (the default without)")
+    parser.add_argument("--tasks", type=int, default=1, help="tasks planned together in the plans")
+    parser.add_argument("--profile", action="store_true", help="add where the time of one iteration goes")
+    parser.add_argument("--no_allocator_settings", action="store_true", help="leave glibc's settings as they are")
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    settable = args.device == "cpu" and platform.libc_ver()[0] == "glibc" and not set(ALLOCATOR) & set(os.environ)
+    if settable and not args.no_allocator_settings:
+        # glibc reads them when a process starts.
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **ALLOCATOR})
+
+    import torch
+
+    from cjepa_hf import CJepaConfig, CJepaModel
+    from cjepa_hf.planning import CEMPlanner, RolloutCost, SlotGoalCost, default_planner
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+    torch.manual_seed(0)
+
+    def cost_of(model, batch=1, **options):
+        config = model.config
+        slots = torch.randn(2, batch, config.num_slots, config.slot_size)
+        proprio = torch.zeros(2, batch, config.proprio_size) if config.proprio_size else [None, None]
+        return RolloutCost(
+            model,
+            SlotGoalCost(),
+            slots[0].unsqueeze(1),
+            slots[1],
+            proprio=proprio[0].unsqueeze(1) if config.proprio_size else None,
+            goal_proprio=proprio[1],
+            **options,
+        )
+
+    result = {"benchmark": "planning", "hardware": hardware(torch, device), "dtype": args.dtype, "iterations": []}
+    left = torch.randn(PRODUCT_SIZE, PRODUCT_SIZE, device=device).to(torch.bfloat16)
+    right = torch.randn(PRODUCT_SIZE, PRODUCT_SIZE, device=device).to(torch.bfloat16)
+
+    def product():
+        return left @ right
+
+    model = CJepaModel(CJepaConfig(action_size=10, proprio_size=4)).eval().to(device=device, dtype=dtype)
+    actions = torch.randn(1, 300, 5, 10)
+    rates = []
+    for chunk in args.chunks or [None]:
+        for match_slots in (False, True):
+            cost_fn = cost_of(model, max_candidates_per_chunk=chunk, match_slots=match_slots)
+            seconds(product, 3, synchronize)
+            seconds(lambda fn=cost_fn: fn(actions), 2, synchronize)
+            products, times = [], []
+            # Interleaved, so that both see the same clock and the same neighbors.
+            for _ in range(args.repeats):
+                products += seconds(product, 5, synchronize)
+                times += seconds(lambda fn=cost_fn: fn(actions), 1, synchronize)
+            rate = 2 * PRODUCT_SIZE**3 / statistics.median(products) / 1e9
+            rates.append(rate)
+            result["iterations"].append(
+                {
+                    "candidates_per_chunk": cost_fn.chunk_size,
+                    "match_slots_in_rollout": match_slots,
+                    **summary(times),
+                    "product_gflop_per_s": rate,
+                    "units": statistics.median(times) * rate / ITERATION_GFLOP,
+                }
+            )
+    result["product_gflop_per_s"] = statistics.median(rates)
+
+    if args.profile:
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        if device.type == "cuda":
+            activities.append(torch.profiler.ProfilerActivity.CUDA)
+        cost_fn = cost_of(model)
+        with torch.profiler.profile(activities=activities) as profile:
+            cost_fn(actions)
+            synchronize()
+        attribute = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+        events = sorted(profile.key_averages(), key=lambda event: -getattr(event, attribute))
+        total = sum(getattr(event, attribute) for event in events)
+        result["profile"] = {event.key: round(getattr(event, attribute) / total, 4) for event in events[:12]}
+
+    if args.model:
+        model = CJepaModel.from_pretrained(args.model, use_safetensors=True).eval().to(device)
+        result["plans"] = {"model": args.model, "model_dtype": str(model.dtype), "tasks": args.tasks, "planners": {}}
+        planners = {"paper": CEMPlanner(), "default": default_planner()}
+        for name, planner in planners.items():
+            rows = []
+            for horizon in (5, 4, 3, 2, 1) if name == "default" else (5,):
+                cost_fn = cost_of(model, args.tasks)
+
+                def plan(planner=planner, cost_fn=cost_fn, horizon=horizon):
+                    size = model.config.action_size
+                    return planner.plan(
+                        cost_fn, batch_size=args.tasks, horizon=horizon, action_size=size, device=device
+                    )
+
+                plan()
+                rows.append({"horizon": horizon, **summary(seconds(plan, args.repeats, synchronize))})
+            result["plans"]["planners"][name] = {"planner": repr(planner), "plans": rows}
+        by_name = {name: value["plans"] for name, value in result["plans"]["planners"].items()}
+        result["plans"]["default_over_paper"] = by_name["default"][0]["median_s"] / by_name["paper"][0]["median_s"]
+
+    text = json.dumps(result, indent=2)
+    print(text)
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        temporary = args.output.with_name(args.output.name + ".tmp")
+        temporary.write_text(text + "\n")
+        os.replace(temporary, args.output)
+
+
+if __name__ == "__main__":
+    main()
