@@ -446,24 +446,8 @@ class SlotDatasetWriter:
         dtype: str = "float32",
         frames_per_file: int = 16384,
     ):
-        if dtype not in ("float32", "float16"):
-            raise ValueError(f"dtype {dtype!r} is not one of 'float32', 'float16'")
-        if not isinstance(frame_skip, int) or frame_skip < 1:
-            raise ValueError(f"frame_skip must be an integer of at least 1, it is {frame_skip!r}")
         self.output_dir, self.dtype, self.frames_per_file = Path(output_dir), dtype, frames_per_file
-        encoder = {"name": None, "revision": None, "config_hash": None} | dict(encoder or {})
-        self.arguments = json.loads(
-            json.dumps(
-                {
-                    "frame_skip": frame_skip,
-                    "encoder": encoder,
-                    "source": source,
-                    "fps": fps,
-                    "units": dict(units or {}),
-                    "dtype": dtype,
-                }
-            )
-        )
+        self.arguments = writer_arguments(frame_skip, encoder, source, fps, units, dtype)
         self.fingerprint = fingerprint(self.arguments)
         self.skipped: list[dict] = []
         self._features: Features | None = None
@@ -654,6 +638,23 @@ def write_slot_dataset(output_dir: str | os.PathLike, splits: Mapping[str, Itera
             if episode.get("episode_id") not in done:
                 writer.write(split, episode)
     return writer.close()
+
+
+def writer_arguments(frame_skip, encoder=None, source=None, fps=None, units=None, dtype="float32") -> dict:
+    """The arguments of a [`SlotDatasetWriter`] that must be the same when it resumes, checked, as json values."""
+    if dtype not in ("float32", "float16"):
+        raise ValueError(f"dtype {dtype!r} is not one of 'float32', 'float16'")
+    if not isinstance(frame_skip, int) or frame_skip < 1:
+        raise ValueError(f"frame_skip must be an integer of at least 1, it is {frame_skip!r}")
+    arguments = {
+        "frame_skip": frame_skip,
+        "encoder": {"name": None, "revision": None, "config_hash": None} | dict(encoder or {}),
+        "source": source,
+        "fps": fps,
+        "units": dict(units or {}),
+        "dtype": dtype,
+    }
+    return json.loads(json.dumps(arguments))
 
 
 def fingerprint(value) -> str:
