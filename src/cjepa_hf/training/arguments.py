@@ -61,9 +61,9 @@ class TrainArguments:
     torch_compile: bool = HfArg(default=False, help="Compile the model's forward with torch.compile.")
     use_cpu: bool = HfArg(default=False, help="Train on the CPU although there is a GPU.")
     num_workers: int = HfArg(default=0, help="Processes that read data ahead; 0 reads in the training process.")
-    allocator_settings: bool = HfArg(
+    keep_freed_memory: bool = HfArg(
         default=True,
-        help="On Linux without a GPU, restart once with glibc settings that keep freed memory (fewer page faults).",
+        help="On a CPU with glibc, keep freed memory in the process instead of faulting it in again at every step.",
     )
 
     # > Parameters that control evaluation, checkpoints and reports

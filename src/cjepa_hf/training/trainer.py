@@ -5,6 +5,7 @@ it starts. A run that was killed therefore continues bit for bit from its last c
 generator state and no position of the data beside its step number.
 """
 
+import ctypes
 import hashlib
 import itertools
 import json
@@ -31,7 +32,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, send_to_device
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm.auto import tqdm
 
 from .arguments import TrainArguments
@@ -110,7 +111,8 @@ def train(
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     ema = Ema(parameters, args.ema_decay) if args.ema_decay else None
     optimizers = make_optimizers(model, args, learning_rates)
-    data_length = len(train_dataset) if hasattr(train_dataset, "__getitem__") else None
+    is_stream = isinstance(train_dataset, IterableDataset) or not hasattr(train_dataset, "__len__")
+    data_length = None if is_stream else len(train_dataset)
     if data_length == 0:
         raise ValueError("the training data set is empty: is a window longer than every episode?")
     start, seconds, running, counts, metrics = 0, 0.0, {}, {}, {}
@@ -184,10 +186,9 @@ def train(
                 if ema is not None:
                     ema.update(parameters)
                 step += 1
-                running = {
-                    name: running[name] + value if name in running else value for name, value in scalars.items()
-                }
-                running_steps += 1
+                for name, value in scalars.items():
+                    running[name] = running[name] + value if name in running else value
+                    counts[name] = counts.get(name, 0) + 1
                 progress.update()
                 finished = step == args.max_steps
                 if step % args.log_every == 0 or finished:
@@ -251,7 +252,24 @@ def make_accelerator(args: TrainArguments, find_unused_parameters: bool = False)
             f"{ranks} processes were started but each would train alone ({accelerator.num_processes} seen): launch as "
             f"in examples/accelerate/, or pass --use_cpu"
         )
+    if accelerator.device.type == "cpu" and args.keep_freed_memory:
+        keep_freed_memory()
     return accelerator
+
+
+def keep_freed_memory() -> bool:
+    """Tells glibc to keep freed memory in the process; False where there is no glibc.
+
+    By default large activations go back to the kernel when they are freed, and every step faults them in again: two
+    trainings side by side can spend half of their time in the kernel. The same as starting the process with
+    MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=20000000000.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):  # another C library, Windows
+        return False
+    m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
+    return bool(mallopt(m_mmap_max, 0) and mallopt(m_trim_threshold, -1))  # -1: never trim
 
 
 def compute_gradients(

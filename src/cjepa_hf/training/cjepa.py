@@ -1,0 +1,407 @@
+"""Trains a C-JEPA world model on a slot dataset: `cjepa-hf train` and `examples/train.py`.
+
+The published objective (paper section 3.3) with what small budgets need beside it: histories of mixed length, so that
+a plan can start from one frame, and noise on the observed slots.
+"""
+
+import json
+import random
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, make_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelCardData
+from torch import Tensor, nn
+from transformers import AutoImageProcessor, AutoModel, BaseImageProcessor
+from transformers.hf_argparser import HfArg
+
+from ..data.slots import SlotDataset, SlotWindows, StreamingSlotWindows, load_slot_dataset, window_statistics
+from ..models.cjepa import CJepaConfig, CJepaModel
+from .arguments import TrainArguments, parse_arguments
+from .trainer import (
+    TrainResult,
+    create_hub_repository,
+    make_accelerator,
+    push_folder_to_hub,
+    save_model_folder,
+    train,
+)
+
+
+@dataclass(kw_only=True)
+class CJepaTrainArguments(TrainArguments):
+    """Arguments of the world-model training beside [`TrainArguments`] and the fields of [`CJepaConfig`]."""
+
+    # > Parameters that control the data
+    dataset: str = HfArg(help="Slot dataset: a folder, or the id of a dataset repository on the Hub.")
+    dataset_revision: str | None = HfArg(default=None, help="Branch, tag or commit of a dataset on the Hub.")
+    train_split: str = HfArg(default="train", help="Split to train on; the statistics come from it alone.")
+    validation_split: str = HfArg(default="validation", help="Split to evaluate on; none: no evaluation.")
+    streaming: bool = HfArg(default=False, help="Read the training split as it comes instead of downloading it.")
+    shuffle_buffer: int = HfArg(default=10_000, help="Windows that a streamed dataset is shuffled among.")
+
+    # > Parameters that control the objective
+    history_crop_probability: float = HfArg(
+        default=0.0,
+        help="Share of the batches whose history is cut to its last 1 ... history_length - 1 frames (uniform), so that "
+        "the model also predicts from short histories.",
+    )
+    slot_noise: float = HfArg(default=0.0, help="Standard deviation of noise on the observed slots (slot units).")
+    eval_rollout_steps: int = HfArg(default=5, help="Frames that the evaluation imagines.")
+    proprio_learning_rate: float | None = HfArg(
+        default=None,
+        help="AdamW learning rate of the proprioception embedding (the paper: 1e-4); None: the common one.",
+    )
+
+    # > Parameters that control the model
+    init_model: str | None = HfArg(
+        default=None, help="CJepaModel (folder or Hub id) whose weights training starts from."
+    )
+    slot_encoder: str | None = HfArg(
+        default=None,
+        help="Slot encoder (folder or Hub id) that made the slots: it is put, frozen, into the trained model, which "
+        "then plans from pixels.",
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.history_crop_probability <= 1:
+            raise ValueError(f"history_crop_probability must be in [0, 1], got {self.history_crop_probability!r}")
+        if not self.slot_noise >= 0:
+            raise ValueError(f"slot_noise must be at least 0, got {self.slot_noise!r}")
+        if self.eval_rollout_steps < 1:
+            raise ValueError(f"eval_rollout_steps must be at least 1, got {self.eval_rollout_steps!r}")
+
+
+# Every field that CJepaConfig itself declares, as text: JSON is read as JSON, "0,2" as the pair [0, 2].
+CONFIG_FIELDS = [
+    name for name in CJepaConfig.__annotations__ if name not in ("model_type", "slot_encoder_config", "hidden_size")
+]
+
+
+def _config_help(name: str) -> str:
+    default = getattr(CJepaConfig, name, None)
+    return f"CJepaConfig.{name}; default {default!r}".replace("%", "%%")
+
+
+ConfigArguments = make_dataclass(
+    "ConfigArguments",
+    [(name, str | None, HfArg(default=None, help=_config_help(name))) for name in CONFIG_FIELDS],
+    kw_only=True,
+    namespace={"__doc__": "The fields of [`CJepaConfig`]; those left out keep their defaults or follow the dataset."},
+)
+
+
+def config_overrides(arguments: Any) -> dict[str, Any]:
+    """The fields given, as [`CJepaConfig`] takes them (a file's values may have their types already)."""
+    overrides = {}
+    for name in CONFIG_FIELDS:
+        value = getattr(arguments, name)
+        if isinstance(value, str):
+            value = _parse_value(value)
+        elif value is None:
+            continue
+        overrides[name] = value
+    return overrides
+
+
+def _parse_value(text: str) -> Any:
+    """ "3" -> 3, "0,2" or "[0, 2]" -> [0, 2], "true" -> True, "none" -> None, anything else stays text."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    if text.lower() in ("none", "null"):
+        return None
+    try:
+        return json.loads(f"[{text}]" if "," in text and not text.startswith("[") else text)
+    except json.JSONDecodeError:
+        return text
+
+
+# --- objective and metrics -----------------------------------------------------------------------------------------
+
+
+def world_model_loss(
+    model: CJepaModel, args: CJepaTrainArguments, statistics: Mapping[str, Tensor]
+) -> Callable[[nn.Module, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]:
+    """The loss function of a batch of windows {"slots" [B, T_h + T_p, N, D], "actions", "proprio"} in raw units.
+
+    A batch may carry its own `slot_mask` ([B, N] or [B, T_h, N], True = hidden); by default the model draws one per
+    sample, from the slots before noise (noise would make a static slot move).
+    """
+    config = model.config
+    length = config.history_length
+
+    def loss_fn(wrapped: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        batch = SlotWindows.normalize(batch, statistics)
+        slots, actions, proprio = (batch.get(name) for name in ("slots", "actions", "proprio"))
+        # Python's generator is the same on every process: all cut alike
+        crop = length > 1 and model.training and random.random() < args.history_crop_probability
+        first = length - random.randint(1, length - 1) if crop else 0
+        history = slots[:, first:length]
+        mask = batch.get("slot_mask")
+        if mask is not None and mask.ndim == 3:
+            mask = mask[:, first:]
+        hides = config.masked_slots_range[1] > 0 and length - first > config.visible_prefix
+        if mask is None and model.training and hides:
+            moving = None
+            if not config.mask_static_slots:  # judged by the whole window, more than the model sees
+                change = (slots - slots[:, :1]).square().mean(-1).sqrt().amax(dim=1)
+                moving = change > config.static_slot_tolerance
+            mask = model.draw_slot_mask(history, moving=moving)
+        if args.slot_noise and model.training:
+            history = history + args.slot_noise * torch.randn_like(history)
+        output = wrapped(
+            history,
+            actions=None if actions is None else actions[:, first:length],
+            proprio=None if proprio is None else proprio[:, first:length],
+            future_slots=slots[:, length:],
+            future_proprio=None if proprio is None else proprio[:, length:],
+            slot_mask=mask,
+        )
+        terms = {name: getattr(output, name) for name in ("future_loss", "history_loss", "proprio_loss")}
+        return output.loss, {name: value.detach() for name, value in terms.items() if value is not None}
+
+    return loss_fn
+
+
+def world_model_metrics(
+    model: CJepaModel, steps: int, statistics: Mapping[str, Tensor]
+) -> Callable[[nn.Module, dict[str, Tensor]], dict[str, Tensor]]:
+    """Open-loop errors on windows of history_length + `steps` frames; all imagine the same frames.
+
+    `mse_k`: mean squared slot error of the k-th imagined frame when a rollout starts from 1 frame, for k = 1 and
+    `steps`; `mse_k_history`: from history_length frames; `copy_mse_k`: of repeating the last observed frame.
+    """
+    length = model.config.history_length
+
+    def metric_fn(_: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        batch = SlotWindows.normalize(batch, statistics)
+        slots, actions, proprio = (batch.get(name) for name in ("slots", "actions", "proprio"))
+        target = slots[:, length:]
+        results = {}
+        starts = {"": length - 1, "_history": 0} if length > 1 else {"": 0}
+        for name, first in starts.items():
+            imagined = model.rollout(
+                slots[:, first:length],
+                actions=None if actions is None else actions[:, first : length + steps - 1],
+                proprio=None if proprio is None else proprio[:, first:length],
+                num_steps=steps,
+            ).slots
+            error = (imagined.float() - target).square().mean(dim=(0, 2, 3))
+            results |= {f"mse_1{name}": error[0], f"mse_{steps}{name}": error[-1]}
+        error = (slots[:, length - 1 : length] - target).square().mean(dim=(0, 2, 3))
+        return results | {"copy_mse_1": error[0], f"copy_mse_{steps}": error[-1]}
+
+    return metric_fn
+
+
+# --- from arguments to a trained folder ----------------------------------------------------------------------------
+
+
+def build_model(
+    args: CJepaTrainArguments, overrides: Mapping[str, Any], dataset: SlotDataset
+) -> tuple[CJepaModel, BaseImageProcessor | None]:
+    """The model to train, sized by the dataset, with the slot encoder in it, and that encoder's image processor.
+
+    Raises `ValueError` where the configuration, the dataset and the encoder contradict each other.
+    """
+    fields: dict[str, Any] = {}
+    if args.init_model:
+        config = CJepaConfig.from_pretrained(args.init_model)
+        fields = {name: getattr(config, name) for name in (*CONFIG_FIELDS, "slot_encoder_config")}
+    elif dataset.frame_skip:
+        fields["frame_skip"] = dataset.frame_skip
+    fields |= overrides
+    frame_skip = fields.get("frame_skip", CJepaConfig.frame_skip)
+    features = dataset.data.features
+    widths = {name: features[name].shape[1] for name in ("actions", "proprio") if name in dataset.columns}
+    sizes = {
+        "num_slots": dataset.num_slots,
+        "slot_size": dataset.slot_size,
+        "action_size": widths.get("actions", 0) * frame_skip,
+        "proprio_size": widths.get("proprio", 0),
+    }
+    for name, size in sizes.items():
+        given = fields.setdefault(name, size)
+        if given != size and not (given == 0 and name in ("action_size", "proprio_size")):
+            raise ValueError(f"{name}={given}, but {dataset.name} has {size} (frame_skip {frame_skip})")
+    encoder = None
+    if args.slot_encoder:
+        encoder = AutoModel.from_pretrained(args.slot_encoder, use_safetensors=True)
+        for name in ("num_slots", "slot_size"):
+            if getattr(encoder.config, name, sizes[name]) != sizes[name]:
+                raise ValueError(
+                    f"the slot encoder {args.slot_encoder} has {name}={getattr(encoder.config, name)}, {dataset.name} "
+                    f"has {sizes[name]}: pass the encoder that made the dataset"
+                )
+        fields["slot_encoder_config"] = encoder.config
+    config = CJepaConfig(**fields)
+    if args.init_model:
+        model = CJepaModel.from_pretrained(args.init_model, config=config, use_safetensors=True, dtype=torch.float32)
+    else:
+        model = CJepaModel(config)
+    if encoder is not None:
+        model.slot_encoder = encoder
+    if model.slot_encoder is not None:
+        model.slot_encoder.requires_grad_(False)
+        return model, AutoImageProcessor.from_pretrained(args.slot_encoder or args.init_model)
+    return model, None
+
+
+def main(argv: Sequence[str] | None = None) -> TrainResult:
+    """Trains as the command line `argv` (default: `sys.argv[1:]`) says and leaves the model in `--output_dir`."""
+    args, config_arguments = parse_arguments([CJepaTrainArguments, ConfigArguments], argv, description=__doc__)
+    overrides = config_overrides(config_arguments)
+    accelerator = make_accelerator(args, find_unused_parameters=_may_leave_parameters_unused(args, overrides))
+    with accelerator.main_process_first():  # the first process prepares the memory-mapped files
+        train_slots = load_slot_dataset(
+            args.dataset, args.train_split, revision=args.dataset_revision, streaming=args.streaming
+        )
+        validation = None
+        if args.validation_split != "none":
+            validation = load_slot_dataset(args.dataset, args.validation_split, revision=args.dataset_revision)
+    torch.manual_seed(args.seed)
+    model, processor = build_model(args, overrides, train_slots)
+    config = model.config
+    columns = ["slots"]
+    columns += ["actions"] if config.action_size else []
+    columns += ["proprio"] if config.proprio_size else []
+    shape = (config.history_length, config.prediction_length, config.frame_skip)
+    if args.streaming:
+        windows = StreamingSlotWindows(
+            train_slots, *shape, columns=columns, shuffle_buffer=args.shuffle_buffer, seed=args.seed
+        )
+    else:
+        windows = SlotWindows(train_slots, *shape, columns=columns)
+    statistics = _statistics(model, train_slots, shape)
+    steps, eval_windows = args.eval_rollout_steps, None
+    if validation is not None:
+        longest = int(validation.lengths.max()) // config.frame_skip - config.history_length
+        if longest < steps:
+            print(f"validation episodes allow rollouts of {longest} frames, not {steps}", file=sys.stderr)
+            steps = max(1, longest)
+        eval_windows = SlotWindows(validation, config.history_length, steps, config.frame_skip, columns=columns)
+    if args.push_to_hub and accelerator.is_main_process:
+        create_hub_repository(args)
+
+    on_device = {name: value.to(accelerator.device) for name, value in statistics.items()}
+    rates = {"proprio_embedding": args.proprio_learning_rate} if args.proprio_learning_rate else None
+    try:
+        result = train(
+            model,
+            windows,
+            eval_windows,
+            world_model_loss(model, args, on_device),
+            args,
+            metric_fn=world_model_metrics(model, steps, on_device),
+            learning_rates=rates,
+            accelerator=accelerator,
+        )
+    except KeyboardInterrupt as interrupt:
+        raise SystemExit(f"stopped: {interrupt}") from None
+    if accelerator.is_main_process:
+        _save(model, processor, args, overrides, train_slots, statistics, result)
+        if args.push_to_hub:
+            print(push_folder_to_hub(args), file=sys.stderr)
+    accelerator.wait_for_everyone()
+    return result
+
+
+def _may_leave_parameters_unused(args: CJepaTrainArguments, overrides: Mapping[str, Any]) -> bool:
+    """A velocity needs two frames: cropped to one, its gains are not used."""
+    return bool(args.history_crop_probability) and overrides.get("residual_prediction") == "velocity"
+
+
+def _statistics(model: CJepaModel, dataset: SlotDataset, shape: tuple[int, int, int]) -> dict[str, Tensor]:
+    """Those the model was trained with where it has any (its weights expect them), else of the training split; the
+    model keeps them."""
+    statistics = {name: buffer.detach().cpu().clone() for name, buffer in model.named_buffers(recurse=False)}
+    if any(not torch.isfinite(value).all() for value in statistics.values()):
+        found = window_statistics(dataset, *shape)
+        statistics = {name: torch.tensor(found[name], dtype=torch.float32) for name in statistics}
+        model.set_statistics(**statistics)
+    return statistics
+
+
+def _save(model, processor, args, overrides, dataset, statistics, result) -> None:
+    results = {
+        "step": result.step,
+        "training_seconds": round(result.seconds, 1),
+        "validation": result.metrics,
+        "parameters": sum(p.numel() for n, p in model.named_parameters() if not n.startswith("slot_encoder.")),
+        "dataset": {"name": args.dataset, "revision": args.dataset_revision, "split": args.train_split},
+        "slot_encoder": dataset.metadata.get("encoder"),
+        "statistics": {name: value.tolist() for name, value in statistics.items()},
+    }
+    arguments = {name: value for name, value in asdict(args).items() if value is not None}
+    files = {
+        "training_args.json": json.dumps(arguments | overrides, indent=2),  # can be given back as the first argument
+        "training_results.json": json.dumps(results, indent=2),
+        "README.md": model_card(model, args, results),
+    }
+    if processor is not None:
+        files["preprocessor_config.json"] = processor.to_json_string()
+    save_model_folder(model, args.output_dir, files)
+
+
+def model_card(model: CJepaModel, args: CJepaTrainArguments, results: Mapping[str, Any]) -> str:
+    """README.md of a trained folder: what it is, how it was trained, what was measured."""
+    config = model.config
+    data = ModelCardData(
+        license="apache-2.0", library_name="cjepa_hf", pipeline_tag="robotics", tags=["c-jepa", "world-model"]
+    )
+    name = args.hub_model_id or Path(args.output_dir).resolve().name
+    low, high = config.masked_slots_range
+    masked = f"{low}" if low == high else f"{low} to {high}"
+    conditions = [f"actions [{config.action_size}]"] if config.action_size else []
+    conditions += [f"proprioception [{config.proprio_size}]"] if config.proprio_size else []
+    lines = [
+        "---",
+        data.to_yaml(),
+        "---",
+        "",
+        f"# {name}",
+        "",
+        f"A C-JEPA world model ([paper](https://arxiv.org/abs/2602.11389)): it predicts {config.num_slots} object slots "
+        f"of size {config.slot_size}, {config.frame_skip} environment steps ahead per frame, from up to "
+        f"{config.history_length} frames" + (" with " + " and ".join(conditions) if conditions else "") + ".",
+        "",
+        "```python",
+        "import cjepa_hf",
+        "from cjepa_hf import CJepaModel",
+        "",
+        f'model = CJepaModel.from_pretrained("{name}")',
+        "```",
+        "",
+        "## Training",
+        "",
+        f"- data: `{Path(args.dataset).name if Path(args.dataset).exists() else args.dataset}`, split "
+        f"`{args.train_split}`" + (f", slots by `{results['slot_encoder']}`" if results["slot_encoder"] else ""),
+        f"- {results['step']} steps of {args.batch_size} windows, {args.optimizer}, seed {args.seed}, "
+        f"{results['training_seconds'] / 60:.1f} minutes",
+        f"- {results['parameters']:,} parameters, {config.num_hidden_layers} layers; slots hidden per sample: {masked} "
+        f"({config.mask_strategy} masks)",
+        f"- slot encoder inside: {'yes' if model.slot_encoder is not None else 'no'}",
+        "- all arguments: `training_args.json`",
+        "",
+    ]
+    if results["validation"]:
+        lines += [
+            "## Validation",
+            "",
+            f"Mean squared slot error of imagined frames (split `{args.validation_split}`): from one observed frame, "
+            "from a full history (`_history`), and of repeating the last frame (`copy_`).",
+            "",
+            "| metric | value |",
+            "|---|---|",
+            *(f"| {metric} | {value:.4g} |" for metric, value in results["validation"].items()),
+            "",
+        ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
