@@ -22,10 +22,9 @@ from cjepa_hf.simulators.push_t import (
     PROPRIO_INDICES,
     STATE_NAMES,
     PushTWorld,
-    block_distance,
     random_states,
 )
-from cjepa_hf.simulators.rendering import AGENT_RADIUS, GOAL_POSE, TABLE_SIZE, block_vertices, render_push_t
+from cjepa_hf.simulators.rendering import GOAL_POSE, TABLE_SIZE, render_push_t
 
 POLICIES = ("gentle", "weak", "mixture")
 _SPLITS = ("train", "validation", "test")  # the position is part of an episode's seed
@@ -44,23 +43,24 @@ def _gentle_policy(rng: np.random.Generator, length: int) -> Callable[[list[floa
         noise[t] += 0.8 * noise[t - 1]
     noise = iter(noise.tolist())
     pushing, left, limit, aim = True, 0, 0.0, (0.0, 0.0)
-    low, high = 20.0, TABLE_SIZE - 20.0  # walls do not stop the agent
+    middle, low, high = TABLE_SIZE / 2, 20.0, TABLE_SIZE - 20.0  # walls do not stop the agent
 
     def act(state):
         nonlocal pushing, left, limit, aim
         x, y, block_x, block_y, angle = state[:5]
-        if pushing and (left == 0 or not (low < x < high and low < y < high)):
+        cog_x, cog_y = block_x - _COG_OFFSET * math.sin(angle), block_y + _COG_OFFSET * math.cos(angle)
+        near_wall = not (90.0 < cog_x < TABLE_SIZE - 90.0 and 90.0 < cog_y < TABLE_SIZE - 90.0)
+        outward = near_wall and aim[0] * (cog_x - middle) + aim[1] * (cog_y - middle) > 0
+        if pushing and (left == 0 or outward or not (low < x < high and low < y < high)):
             pushing, left, limit = False, 25, rng.uniform(0.2, 0.5)
-            cog_x, cog_y = block_x - _COG_OFFSET * math.sin(angle), block_y + _COG_OFFSET * math.cos(angle)
             heading = rng.uniform(0.0, 2 * math.pi)
-            if rng.random() < 0.7:  # a push that leads back to the middle
-                heading = math.atan2(TABLE_SIZE / 2 - cog_y, TABLE_SIZE / 2 - cog_x) + rng.normal(0.0, 0.4)
+            if near_wall or rng.random() < 0.7:  # a push that leads back to the middle
+                heading = math.atan2(middle - cog_y, middle - cog_x) + rng.normal(0.0, 0.4)
             distance = rng.uniform(60.0, 105.0)
             aim = cog_x - distance * math.cos(heading), cog_y - distance * math.sin(heading)
             aim = tuple(min(max(v, low + 5.0), high - 5.0) for v in aim)
         elif not pushing and (left == 0 or math.hypot(aim[0] - x, aim[1] - y) < 12.0):
             pushing, left, limit = True, int(rng.integers(10, 26)), rng.uniform(0.06, 0.22)
-            cog_x, cog_y = block_x - _COG_OFFSET * math.sin(angle), block_y + _COG_OFFSET * math.cos(angle)
             heading, offset = math.atan2(cog_y - y, cog_x - x), rng.normal(0.0, 25.0)
             heading = math.atan2(cog_y + offset * math.cos(heading) - y, cog_x - offset * math.sin(heading) - x)
             aim = math.cos(heading), math.sin(heading)
@@ -130,6 +130,7 @@ def _png(frame):
 
 def _write_shard(path: Path, settings: dict[str, Any], split: str, indices: range) -> int:
     """Simulate the episodes `indices` of a split and write them as one Parquet file, whole or not at all."""
+    import pyarrow.parquet
     from datasets import Dataset
 
     world, columns = PushTWorld(), {}
@@ -148,8 +149,10 @@ def _write_shard(path: Path, settings: dict[str, Any], split: str, indices: rang
             row["frames"] = [_png(frame) for frame in render_push_t(episode["state"], resolution=resolution)]
         for name, value in row.items():
             columns.setdefault(name, []).append(value)
-    buffer = io.BytesIO()
-    Dataset.from_dict(columns, features=_features(resolution)).to_parquet(buffer)
+    dataset, buffer = Dataset.from_dict(columns, features=_features(resolution)), io.BytesIO()
+    # as Dataset.to_parquet, which draws a progress bar of its own; the metadata hold the features
+    table = dataset.data.table.replace_schema_metadata(dataset.features.arrow_schema.metadata)
+    pyarrow.parquet.write_table(table, buffer)
     _write_file(path, buffer.getvalue())
     return len(indices)
 
@@ -414,8 +417,8 @@ def sample_encoder_frames(
         if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
             raise ValueError(f"{name}={value!r}; expected a whole number, at least {least}.")
     rng = np.random.default_rng(np.random.SeedSequence((seed, _ENCODER_STREAM)))
-    num_scattered = round(0.3 * num_frames)
-    world, states, left, index = PushTWorld(), [_scattered_states(num_scattered, rng)], num_frames - num_scattered, 0
+    scattered = random_states(round(0.3 * num_frames), rng, agent_range=(0, TABLE_SIZE), block_range=(0, TABLE_SIZE))
+    world, states, left, index = PushTWorld(), [scattered], num_frames - len(scattered), 0
     while left > 0:
         episode = _run_episode(world, "gentle", (seed, _ENCODER_STREAM, index), 80)["state"]
         states.append(rng.choice(episode, min(20, left), replace=False))
@@ -427,17 +430,3 @@ def sample_encoder_frames(
     goal_poses[moved, 2] = rng.uniform(0, 2 * math.pi, len(moved))
     frames = render_push_t(states, goal_pose=goal_poses, resolution=resolution, style=style)
     return frames, states, goal_poses
-
-
-def _scattered_states(count, rng):
-    """[count, 7]: agent and block uniform over the table, neither in a wall nor in each other, at rest."""
-    states = np.zeros((count, 7))
-    todo = np.arange(count)
-    while len(todo):
-        states[todo, :2] = rng.uniform(7 + AGENT_RADIUS, TABLE_SIZE - 7 - AGENT_RADIUS, (len(todo), 2))
-        states[todo, 2:4] = rng.uniform(0, TABLE_SIZE, (len(todo), 2))
-        states[todo, 4] = rng.uniform(0, 2 * math.pi, len(todo))
-        corners = block_vertices(states[todo, 2:5])
-        inside = ((corners > 7) & (corners < TABLE_SIZE - 7)).all(axis=(1, 2, 3))
-        todo = todo[~inside | (block_distance(states[todo]) <= AGENT_RADIUS)]
-    return states

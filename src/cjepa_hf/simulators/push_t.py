@@ -23,6 +23,7 @@ from cjepa_hf.simulators.rendering import (
     STYLES,
     TABLE_SIZE,
     WALL_SEGMENTS,
+    block_vertices,
     render_push_t,
 )
 
@@ -227,15 +228,25 @@ def push_t_success(goal_state: np.ndarray, state: np.ndarray, angle_rule: str = 
     return (position < POSITION_TOLERANCE) & (angle < ANGLE_TOLERANCE)
 
 
-def random_states(num_states: int, generator: np.random.Generator) -> np.ndarray:
-    """[n, 7] states at rest: block at U(120, 390)^2 with any angle, agent at U(50, 450)^2 outside the block."""
+def random_states(
+    num_states: int,
+    generator: np.random.Generator,
+    agent_range: tuple[float, float] = (50.0, 450.0),
+    block_range: tuple[float, float] = (120.0, 390.0),
+) -> np.ndarray:
+    """[n, 7] states at rest, nothing overlapping: agent xy and block xy (px) uniform in ranges, any block angle."""
     states = np.zeros((num_states, 7))
+    low, high = 5 + LINE_RADIUS, TABLE_SIZE - 6 - LINE_RADIUS  # between the walls
     todo = np.arange(num_states)
     while len(todo):
-        states[todo, :2] = generator.uniform(50, 450, (len(todo), 2))
-        states[todo, 2:4] = generator.uniform(120, 390, (len(todo), 2))
+        states[todo, :2] = generator.uniform(*agent_range, (len(todo), 2))
+        states[todo, 2:4] = generator.uniform(*block_range, (len(todo), 2))
         states[todo, 4] = generator.uniform(0, _TWO_PI, len(todo))
-        todo = todo[block_distance(states[todo]) <= AGENT_RADIUS]
+        agent, corners = states[todo, :2], block_vertices(states[todo, 2:5]).reshape(-1, 16)
+        free = ((agent > low + AGENT_RADIUS) & (agent < high - AGENT_RADIUS)).all(axis=1)
+        free &= (corners.min(axis=1) > low) & (corners.max(axis=1) < high)
+        free &= block_distance(states[todo]) > AGENT_RADIUS
+        todo = todo[~free]
     return states
 
 
