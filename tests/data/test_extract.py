@@ -11,10 +11,17 @@ import pytest
 import torch
 from datasets import Array2D, Array4D, Dataset, DatasetDict, Features, Image, List, Value
 from PIL import Image as PilImage
+from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
 from cjepa_hf.data.extract import extract_slots
 from cjepa_hf.data.slots import METADATA_FILE, SlotWindows, load_slot_dataset
+from cjepa_hf.models.color_isa import ColorIsaConfig, ColorIsaImageProcessor, ColorIsaModel
 from cjepa_hf.simulators.rendering import render_push_t
+
+# as `import cjepa_hf` does
+AutoConfig.register("color-isa", ColorIsaConfig, exist_ok=True)
+AutoModel.register(ColorIsaConfig, ColorIsaModel, exist_ok=True)
+AutoImageProcessor.register(ColorIsaConfig, ColorIsaImageProcessor, exist_ok=True)
 
 N, D = 4, 8
 SILENT = {"progress": False, "frames_per_file": 30}
@@ -291,3 +298,21 @@ def test_places_that_do_not_exist_are_named(tmp_path):
     (source / "collection.json").rename(source / ".collecting")
     with pytest.raises(ValueError, match="is an interrupted collection"):
         extract_slots(source, Encoder(), tmp_path / "slots", **SILENT)
+
+
+def test_a_saved_encoder_is_loaded_with_its_image_processor(tmp_path):
+    torch.manual_seed(0)
+    small = {"hidden_size": 16, "stem_channels": 8, "mlp_size": 16, "decoder_hidden_size": 16}
+    model = ColorIsaModel(ColorIsaConfig(image_size=32, slot_size=12, **small)).eval()
+    processor = ColorIsaImageProcessor(size=32)
+    model.save_pretrained(tmp_path / "my-encoder")
+    processor.save_pretrained(tmp_path / "my-encoder")
+    train = rows([21, 6], kind="array")
+    source = DatasetDict(train=dataset(train))
+    folder = extract_slots(source, tmp_path / "my-encoder", tmp_path / "slots", batch_size=8, device="cpu", **SILENT)
+    for row, original in zip(read(folder), train, strict=True):
+        with torch.no_grad():
+            expected = model(**processor(original["frames"])).slots
+        np.testing.assert_allclose(row["slots"], expected, atol=1e-4)
+    encoder = load_slot_dataset(folder).metadata["encoder"]
+    assert encoder["name"] == "my-encoder" and encoder["config_hash"] and encoder["image_processor"]
