@@ -66,7 +66,7 @@ class PushTWorld:
         ax, ay, bx, by, angle, avx, avy = _numbers(state, 7, "state")
         bvx, bvy, spin = _numbers(block_velocity, 3, "block_velocity")
         # Contacts persist in a pymunk space (impulses are warm-started from them): only a fresh one forgets.
-        self._space, self._agent, self._block, self._touching = _build()
+        self._space, self._agent, self._block, self._touching, self._touched = _build()
         self._agent.velocity = (avx, avy)
         self._agent.position = (ax, ay)
         self._block.angle = angle  # before the position: it turns about the center of gravity, not the origin
@@ -106,9 +106,9 @@ class PushTWorld:
         target_x, target_y = x + _ACTION_SCALE * dx, y + _ACTION_SCALE * dy
         if not (-1e9 < target_x < 1e9 and -1e9 < target_y < 1e9):
             raise ValueError(f"action {action!r}: expected 2 finite numbers, normally in [-1, 1].")
-        set_velocity, advance, touching = self._set_velocity, self._advance, self._touching
-        touched = [False, False, False]
-        for _ in range(_SUBSTEPS):
+        set_velocity, advance, touched = self._set_velocity, self._advance, self._touched
+        touched[:] = False, False, False
+        for substep in range(_SUBSTEPS):
             vx += (_K_P * (target_x - x) - _K_V * vx) * _DT
             vy += (_K_P * (target_y - y) - _K_V * vy) * _DT
             set_velocity((vx, vy))
@@ -116,8 +116,9 @@ class PushTWorld:
             # the same sum as pymunk's: nothing pushes a kinematic body
             x += vx * _DT
             y += vy * _DT
-            if touching != _NOTHING:
-                touched = [t or n > 0 for t, n in zip(touched, touching)]
+            if substep == 0:  # later contacts either go on from here or begin, and beginning is noted
+                for pair in range(3):
+                    touched[pair] = self._touching[pair] > 0
         self._agent_motion = (x, y, vx, vy)
         self.contacts = tuple(touched)
         bx, by = self._block.position
@@ -132,9 +133,6 @@ class PushTWorld:
         self._block.velocity, self._block.angular_velocity = (0.0, 0.0), 0.0
         self._agent_motion = (*self._agent.position, *self._agent.velocity)
         return self.state
-
-
-_NOTHING = [0, 0, 0]
 
 
 def _build():
@@ -157,19 +155,20 @@ def _build():
     space.add(agent, circle)
     space.add(block, bar, stem)
 
-    # How many shapes of each pair touch at the moment. Counting at the start and the end of a contact costs nothing
-    # while it lasts.
-    touching = [0, 0, 0]
+    # How many shapes of each pair touch at the moment, and whether a contact has begun. Callbacks at the start and the
+    # end of a contact cost nothing while it lasts.
+    touching, touched = [0, 0, 0], [False, False, False]
 
     def begin(arbiter, space, pair):
         touching[pair] += 1
+        touched[pair] = True
 
     def separate(arbiter, space, pair):
         touching[pair] -= 1
 
     for pair, (a, b) in enumerate(((_AGENT, _BLOCK), (_AGENT, _WALL), (_BLOCK, _WALL))):
         space.on_collision(a, b, begin=begin, separate=separate, data=pair)
-    return space, agent, block, touching
+    return space, agent, block, touching, touched
 
 
 def _fast_calls(space, agent):
