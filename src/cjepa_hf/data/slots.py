@@ -115,9 +115,6 @@ class _FrameColumn:
     def select(self, rows: np.ndarray) -> None:
         self.chunk, self.first, self.length = self.chunk[rows], self.first[rows], self.length[rows]
 
-    def episode(self, row: int) -> np.ndarray:
-        return self.frames[self.chunk[row]][self.first[row] : self.first[row] + self.length[row]]
-
     def gather(self, episodes: np.ndarray, frames: np.ndarray) -> np.ndarray:
         """Frames `frames` [B, T] (counted inside their episode) of `episodes` [B], as float32 [B, T, *shape]."""
         rows, chunk = self.first[episodes][:, None] + frames, self.chunk[episodes]
