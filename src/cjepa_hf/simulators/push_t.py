@@ -57,8 +57,10 @@ class PushTWorld:
 
         Args:
             state: [7] as `STATE_NAMES`.
-            block_velocity: [3] the block's velocity (px/s) and angular velocity (rad/s). It is not part of the state
-                and not zero right after a push: pass what `block_velocity` said to continue a trajectory exactly.
+            block_velocity: [3] the block's velocity (px/s) and angular velocity (rad/s), which the state leaves out
+                and which are not zero right after a push. With what `block_velocity` said, a trajectory goes on
+                closely (median 0.003 px after 10 steps when cut in the middle of a push) but not exactly: pymunk
+                also remembers the last impulses of a lasting contact.
 
         Raises:
             ValueError: other shapes, NaN or infinite numbers.

@@ -5,6 +5,7 @@ All coordinates are pixels of the 512 x 512 table, x to the right and y down; co
 """
 
 import math
+import os
 from collections.abc import Collection
 
 import cv2
@@ -218,6 +219,7 @@ def _draw_peer_scene(pen, parts, goal, agent, hidden):
 
 class _PygamePen:
     def __init__(self):
+        os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
         try:
             import pygame
         except ImportError as error:
