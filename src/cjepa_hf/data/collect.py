@@ -263,6 +263,7 @@ def collect_push_t(
                 f"{data} lacks {', '.join(missing[:3])}: files were removed. Delete {folder}, collect again."
             )
     if final.exists():
+        shutil.rmtree(working, ignore_errors=True)
         return folder
 
     if not data.exists():
