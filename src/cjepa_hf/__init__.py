@@ -6,16 +6,24 @@ Importing the package registers its models with the transformers AutoClasses, it
 
 import importlib
 
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
 from .models.cjepa import CJepaConfig, CJepaModel, CJepaOutput, CJepaRolloutOutput
+from .models.color_isa import ColorIsaConfig, ColorIsaImageProcessor, ColorIsaModel
+from .pipelines import register_pipelines
+from .simulators import register_envs
 
 __version__ = "0.1.0"
 
 AutoConfig.register("cjepa", CJepaConfig)
 AutoModel.register(CJepaConfig, CJepaModel)
+AutoConfig.register("color-isa", ColorIsaConfig)
+AutoModel.register(ColorIsaConfig, ColorIsaModel)
+AutoImageProcessor.register(ColorIsaConfig, ColorIsaImageProcessor)
+register_pipelines()
+register_envs()
 
-_LAZY = {}
+_LAZY = {"PushTEnv": ".simulators.push_t", "bundled_checkpoint": ".checkpoints"}
 
 
 def __getattr__(name):
@@ -24,4 +32,13 @@ def __getattr__(name):
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-__all__ = ["CJepaConfig", "CJepaModel", "CJepaOutput", "CJepaRolloutOutput", *_LAZY]
+__all__ = [
+    "CJepaConfig",
+    "CJepaModel",
+    "CJepaOutput",
+    "CJepaRolloutOutput",
+    "ColorIsaConfig",
+    "ColorIsaImageProcessor",
+    "ColorIsaModel",
+    *_LAZY,
+]

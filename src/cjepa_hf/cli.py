@@ -1,0 +1,224 @@
+"""The command line `cjepa-hf`: one thin function per command; libraries are imported by the command that needs them."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; errors in what the user gave are printed without a traceback (exit status 2)."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and arguments.command != "train":
+        parser.error(f"unknown arguments: {' '.join(rest)} (see `cjepa-hf {arguments.command} --help`)")
+    try:
+        arguments.run(arguments, rest)
+    except (ValueError, OSError) as error:
+        print(f"cjepa-hf {arguments.command}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="cjepa-hf", description="Object-centric world models: train, imagine, plan.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+
+    def command(name, run, text, **kwargs):
+        sub = commands.add_parser(name, help=text, description=text, **kwargs)
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = command("demo", demo, "Plan held-out Push-T tasks from pixels with the checkpoint that ships.")
+    sub.add_argument("--model", help="folder or Hub id of a CJepaModel with a slot encoder (default: the shipped one)")
+    sub.add_argument("--output-dir", default="cjepa-demo", help="where the GIF and the PNG go (default: %(default)s)")
+    sub.add_argument("--num-tasks", type=int, default=10, help="tasks of the protocol (default: %(default)s)")
+    sub.add_argument("--seed", type=int, default=0, help="of the planner (default: %(default)s)")
+    _common(sub)
+
+    sub = command("collect", collect, "Collect simulated episodes into a dataset folder (resumable).")
+    sub.add_argument("environment", choices=["push_t"])
+    sub.add_argument("--output-dir", required=True)
+    sub.add_argument("--episodes", type=int, default=10_000, help="of the training split (default: %(default)s)")
+    sub.add_argument("--validation-episodes", type=int, default=500, help="(default: %(default)s)")
+    sub.add_argument("--episode-length", type=int, default=80, help="actions per episode (default: %(default)s)")
+    sub.add_argument(
+        "--policy", choices=["gentle", "weak", "mixture"], default="gentle", help="(default: %(default)s)"
+    )
+    sub.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    sub.add_argument("--workers", type=int, help="processes (default: one per core)")
+    sub.add_argument("--frames", type=int, metavar="PX", help="also store frames of this many pixels")
+    sub.add_argument("--json", action="store_true", help="print what was written as JSON")
+
+    sub = command("extract", extract, "Turn episodes into a slot dataset with a slot encoder (resumable).")
+    sub.add_argument("source", help="folder or Hub id of collected episodes (states or frames)")
+    sub.add_argument(
+        "--encoder", required=True, help="folder or Hub id of a slot encoder, or of a CJepaModel with one"
+    )
+    sub.add_argument("--output-dir", required=True)
+    sub.add_argument("--batch-size", type=int, default=64, help="frames per pass (default: %(default)s)")
+    sub.add_argument("--dtype", choices=["float32", "float16"], default="float32", help="(default: %(default)s)")
+    sub.add_argument("--frame-skip", type=int, default=5, help="suggested for windows (default: %(default)s)")
+    sub.add_argument("--num-frames", type=int, help="stop after this many frames per split, in whole episodes")
+    _common(sub)
+
+    sub = command(
+        "train", train, "Train a model; what follows its name is that training's own arguments.", add_help=False
+    )
+    sub.add_argument("model", nargs="?", choices=["cjepa", "color-isa"])
+    sub.add_argument("-h", "--help", action="store_true", dest="show_help")
+
+    sub = command("evaluate", evaluate, "Success of a world model and its controls on a frozen Push-T protocol.")
+    sub.add_argument("--model", help="folder or Hub id (default: the shipped one)")
+    sub.add_argument("--protocol", default="pusht-25", help="(default: %(default)s)")
+    sub.add_argument("--num-tasks", type=int, help="only the first tasks (default: all)")
+    sub.add_argument(
+        "--planner", nargs="+", default=["default"], metavar="PLANNER",
+        help="default (short CEM, replanned after every block), paper (the paper's CEM), cem:SAMPLESxITERATIONS:ELITES, "
+        "each with /receding or /shrinking to override the schedule",
+    )  # fmt: skip
+    sub.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the planner (default: 0)")
+    sub.add_argument("--no-proprio", action="store_true", help="plan from images alone")
+    sub.add_argument("--style", default="smooth", choices=["smooth", "aliased", "peer"], help="of the frames")
+    sub.add_argument("--simulator", type=int, metavar="N", help="also plan N tasks with the true simulator as model")
+    sub.add_argument("--controls", action="store_true", help="also random, no-op and replayed actions")
+    sub.add_argument("--output", help="write the results as JSON to this file")
+    _common(sub)
+
+    sub = command("plan", plan, "Actions that lead from one image to another (pipeline goal-planning).")
+    sub.add_argument("start", help="image file")
+    sub.add_argument("goal", help="image file")
+    sub.add_argument("--model", help="folder or Hub id (default: the shipped one)")
+    sub.add_argument("--proprio", type=float, nargs="+", help="current proprioception in environment units")
+    sub.add_argument("--horizon", type=int, default=5, help="action blocks (default: %(default)s)")
+    sub.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    _common(sub)
+    return parser
+
+
+def _common(sub):
+    sub.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
+    sub.add_argument("--json", action="store_true", help="print data instead of tables")
+
+
+def _device(arguments) -> str:
+    import torch
+
+    if arguments.device:
+        return arguments.device
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _model(arguments):
+    from cjepa_hf import bundled_checkpoint
+
+    return arguments.model or str(bundled_checkpoint("push_t"))
+
+
+def demo(arguments, _) -> None:
+    from cjepa_hf.demo import print_report, run_demo
+
+    report = run_demo(
+        _model(arguments),
+        arguments.output_dir,
+        num_tasks=arguments.num_tasks,
+        seed=arguments.seed,
+        device=_device(arguments),
+        progress=not arguments.json,
+    )
+    print(json.dumps(report, indent=1)) if arguments.json else print_report(report)
+
+
+def collect(arguments, _) -> None:
+    from cjepa_hf.data.collect import collect_push_t
+
+    folder = collect_push_t(
+        arguments.output_dir,
+        num_episodes={"train": arguments.episodes, "validation": arguments.validation_episodes},
+        episode_length=arguments.episode_length,
+        policy=arguments.policy,
+        seed=arguments.seed,
+        num_workers=arguments.workers,
+        frames_resolution=arguments.frames,
+        progress=not arguments.json,
+    )
+    print((folder / "collection.json").read_text() if arguments.json else f"Episodes in {folder}")
+
+
+def extract(arguments, _) -> None:
+    from cjepa_hf.data.extract import extract_slots
+
+    folder = extract_slots(
+        arguments.source,
+        arguments.encoder,
+        arguments.output_dir,
+        batch_size=arguments.batch_size,
+        dtype=arguments.dtype,
+        frame_skip=arguments.frame_skip,
+        num_frames=arguments.num_frames,
+        device=_device(arguments),
+        progress=not arguments.json,
+    )
+    print((folder / "slot_dataset.json").read_text() if arguments.json else f"Slots in {folder}")
+
+
+def train(arguments, rest) -> None:
+    if arguments.model is None:
+        print("usage: cjepa-hf train {cjepa,color-isa} [arguments]; `cjepa-hf train cjepa --help` lists them")
+        return
+    if arguments.show_help:
+        rest = ["--help", *rest]
+    if arguments.model == "cjepa":
+        from cjepa_hf.training.cjepa import main as run
+    else:
+        from cjepa_hf.training.color_isa import main as run
+    run(rest)
+
+
+def evaluate(arguments, _) -> None:
+    from cjepa_hf.evaluation.suite import evaluate_push_t, print_evaluation
+
+    results = evaluate_push_t(
+        _model(arguments),
+        protocol=arguments.protocol,
+        planners=arguments.planner,
+        seeds=arguments.seeds,
+        num_tasks=arguments.num_tasks,
+        use_proprio=not arguments.no_proprio,
+        style=arguments.style,
+        simulator_tasks=arguments.simulator,
+        controls=arguments.controls,
+        device=_device(arguments),
+        progress=not arguments.json,
+    )
+    if arguments.output:
+        path = Path(arguments.output)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(results, indent=1) + "\n")
+    print(json.dumps(results, indent=1)) if arguments.json else print_evaluation(results)
+
+
+def plan(arguments, _) -> None:
+    import torch
+    from PIL import Image
+    from transformers import pipeline
+
+    import cjepa_hf  # noqa: F401  registers the pipeline
+
+    planner = pipeline("goal-planning", model=_model(arguments), device=torch.device(_device(arguments)))
+    inputs = {"start": Image.open(arguments.start).convert("RGB"), "goal": Image.open(arguments.goal).convert("RGB")}
+    if arguments.proprio:
+        inputs["proprio"] = arguments.proprio
+    result = planner(inputs, horizon=arguments.horizon, seed=arguments.seed)
+    if arguments.json:
+        data = {"actions": result["actions"].tolist(), "cost": float(result["cost"])}
+        print(json.dumps(data))
+    else:
+        print(f"cost {float(result['cost']):.4f}; actions (one per row):")
+        for action in result["actions"]:
+            print("  " + "  ".join(f"{value:7.3f}" for value in action))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

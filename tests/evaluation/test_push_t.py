@@ -1,0 +1,86 @@
+"""The frozen protocol, its controls, and closed-loop evaluation from images."""
+
+import numpy as np
+import pytest
+import torch
+
+from cjepa_hf.evaluation.protocols import load_protocol, make_push_t_protocol, protocol_names
+from cjepa_hf.evaluation.push_t import run_actions, run_baseline, run_policy, select_tasks, simulator_policy
+from cjepa_hf.evaluation.suite import parse_planner
+from cjepa_hf.planning.planners import CEMPlanner
+from cjepa_hf.simulators.push_t import push_t_success, state_errors
+
+
+@pytest.fixture(scope="module")
+def protocol():
+    return load_protocol("pusht-25")
+
+
+def test_the_protocol_holds_what_it_promises(protocol):
+    tasks = protocol["tasks"]
+    assert "pusht-25" in protocol_names() and len(tasks["state"]) == 200
+    assert (tasks["bin"] == "near").sum() == (tasks["bin"] == "far").sum() == 100
+    assert not push_t_success(tasks["goal_state"], tasks["state"]).any()  # none starts solved
+    move = np.linalg.norm(tasks["goal_state"][:, 2:4] - tasks["state"][:, 2:4], axis=1)
+    turn = np.rad2deg(state_errors(tasks["goal_state"], tasks["state"])[1])
+    assert ((move > 20) | (turn > 20)).all()
+    assert ((move < 75) == (tasks["bin"] == "near")).all()
+    assert len(np.unique(tasks["state"], axis=0)) == 200
+
+
+def test_the_frozen_file_is_what_its_recipe_makes(protocol):
+    """Ten tasks drawn anew are among the two hundred (the first of each bin), so the file was not edited by hand."""
+    small = make_push_t_protocol(num_tasks=10)["tasks"]
+    for name in ("near", "far"):
+        ours = [s for s, b in zip(small["state"], small["bin"]) if b == name]
+        frozen = protocol["tasks"]["state"][protocol["tasks"]["bin"] == name][:5]
+        np.testing.assert_allclose(ours, frozen, atol=1e-3)
+
+
+def test_controls_replay_succeeds_and_doing_nothing_never_does(protocol):
+    replay = run_baseline("replay", protocol, num_tasks=20)
+    nothing = run_baseline("no-op", protocol, num_tasks=20)
+    assert replay.success.mean() >= 0.9 and not nothing.success.any()
+    assert (replay.steps <= 26).sum() >= 18 and (nothing.steps == protocol["budget"]).all()
+    assert run_baseline("random", protocol, num_tasks=20).success.mean() <= 0.2
+    with pytest.raises(ValueError, match="replay"):
+        run_baseline("best", protocol)
+
+
+def test_a_task_ends_at_its_first_success_and_stays_there(protocol):
+    results = run_actions(protocol["tasks"]["actions"][:5], protocol, num_tasks=5)
+    for task in np.flatnonzero(results.success):
+        step = results.steps[task]
+        goal = protocol["tasks"]["goal_state"][task]
+        assert push_t_success(goal, results.states[task, step])
+        assert not push_t_success(goal, results.states[task, :step]).any()
+        assert (results.states[task, step:] == results.states[task, step]).all()
+
+
+def test_the_true_simulator_as_model_solves_tasks_that_chance_does_not(protocol):
+    actions = protocol["tasks"]["actions"].reshape(-1, 10)
+    policy = simulator_policy(
+        torch.tensor(actions.mean(0)),
+        torch.tensor(actions.std(0)),
+        frame_skip=5,
+        planner=CEMPlanner(num_samples=24, num_iterations=4, num_elites=5),
+        generator=torch.Generator().manual_seed(0),
+    )
+    results = run_policy(policy, protocol, num_tasks=2, progress=False)
+    assert results.success.all() and (results.plans >= 1).all() and results.seconds_per_plan > 0
+
+
+def test_more_tasks_than_there_are_is_an_error(protocol):
+    with pytest.raises(ValueError, match="200 tasks"):
+        select_tasks(protocol, 201)
+    with pytest.raises(ValueError, match="pusht-25"):
+        load_protocol("pusht-24")
+
+
+def test_planners_are_named_by_what_they_do():
+    planner, schedule = parse_planner("cem:100x10:15/receding")
+    assert (planner.num_samples, planner.num_iterations, planner.num_elites, schedule) == (100, 10, 15, "receding")
+    assert parse_planner("paper")[0].num_iterations == 30 and parse_planner("paper")[1] == "receding"
+    for wrong in ("cem:100", "default/sometimes", "best"):
+        with pytest.raises(ValueError, match=wrong.split("/")[0]):
+            parse_planner(wrong)
