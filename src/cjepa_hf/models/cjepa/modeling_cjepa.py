@@ -678,8 +678,8 @@ class CJepaModel(CJepaPreTrainedModel):
         """
         counted = slot_mask
         if self.config.anchor_in_history_loss:
-            counted = slot_mask.clone()
-            counted[:, : self.config.visible_prefix] = slot_mask.any(dim=1, keepdim=True)
+            prefix = torch.arange(slots.shape[1], device=slots.device)[:, None] < self.config.visible_prefix
+            counted = slot_mask | (prefix & slot_mask.any(dim=1, keepdim=True))
         error = (self._token_loss(prediction, slots) * counted).sum(dim=(1, 2))
         return (error / counted.sum(dim=(1, 2)).clamp(min=1)).mean()
 
