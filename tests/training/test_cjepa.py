@@ -55,7 +55,7 @@ def folder(tmp_path_factory):
 
 
 def command(folder, output, *more: str) -> list[str]:
-    words = f"--dataset {folder} --output_dir {output} --max_steps 30 --batch_size 16 --learning_rate 3e-3 "
+    words = f"--dataset {folder} --output_dir {output} --max_steps 20 --batch_size 16 --learning_rate 3e-3 "
     words += "--warmup_steps 5 --eval_every 0 --save_every 10 --eval_rollout_steps 3 --use_cpu "
     words += " ".join(f"--{name} {value}" for name, value in TINY.items())
     return [*words.split(), "--residual_prediction", "last", *more]
@@ -140,7 +140,7 @@ def test_an_interrupted_training_continues_to_the_same_weights(folder, tmp_path,
 
     def failing(*args, **kwargs):
         calls.append(1)
-        if len(calls) > 17:
+        if len(calls) > 13:
             raise RuntimeError("power cut")
         return real(*args, **kwargs)
 
@@ -203,11 +203,11 @@ def test_cropped_histories_keep_the_frames_next_to_the_future():
     model, batch = tiny_model().train(), batch_of(5)
     loss_fn = world_model_loss(model, arguments("--history_crop_probability", "0.7"), STATISTICS)
     random.seed(0)
-    for _ in range(300):
+    for _ in range(200):
         loss_fn(Recorder(), batch)
     lengths = [slots.shape[1] for slots, _ in seen]
     shares = [lengths.count(n) / len(lengths) for n in (1, 2, 3)]
-    assert shares == pytest.approx([0.35, 0.35, 0.3], abs=0.07)
+    assert shares == pytest.approx([0.35, 0.35, 0.3], abs=0.08)
     for slots, inputs in seen:
         first = 3 - slots.shape[1]
         assert torch.equal(slots, batch["slots"][:, first:3])

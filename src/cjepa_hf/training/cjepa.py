@@ -332,7 +332,9 @@ def _save(model, processor, args, overrides, dataset, statistics, result) -> Non
         "training_seconds": round(result.seconds, 1),
         "validation": result.metrics,
         "parameters": sum(p.numel() for n, p in model.named_parameters() if not n.startswith("slot_encoder.")),
-        "dataset": {"name": args.dataset, "revision": args.dataset_revision, "split": args.train_split},
+        # a folder's place on this machine means nothing elsewhere
+        "dataset": Path(args.dataset).name if Path(args.dataset).exists() else args.dataset,
+        "dataset_revision": args.dataset_revision,
         "slot_encoder": dataset.metadata.get("encoder"),
         "statistics": {name: value.tolist() for name, value in statistics.items()},
     }
@@ -356,6 +358,7 @@ def model_card(model: CJepaModel, args: CJepaTrainArguments, results: Mapping[st
     name = args.hub_model_id or Path(args.output_dir).resolve().name
     low, high = config.masked_slots_range
     masked = f"{low}" if low == high else f"{low} to {high}"
+    encoder = (results["slot_encoder"] or {}).get("name")
     conditions = [f"actions [{config.action_size}]"] if config.action_size else []
     conditions += [f"proprioception [{config.proprio_size}]"] if config.proprio_size else []
     lines = [
@@ -378,8 +381,7 @@ def model_card(model: CJepaModel, args: CJepaTrainArguments, results: Mapping[st
         "",
         "## Training",
         "",
-        f"- data: `{Path(args.dataset).name if Path(args.dataset).exists() else args.dataset}`, split "
-        f"`{args.train_split}`" + (f", slots by `{results['slot_encoder']}`" if results["slot_encoder"] else ""),
+        f"- data: `{results['dataset']}`, split `{args.train_split}`" + (f", slots by `{encoder}`" if encoder else ""),
         f"- {results['step']} steps of {args.batch_size} windows, {args.optimizer}, seed {args.seed}, "
         f"{results['training_seconds'] / 60:.1f} minutes",
         f"- {results['parameters']:,} parameters, {config.num_hidden_layers} layers; slots hidden per sample: {masked} "

@@ -163,8 +163,8 @@ def train(
     )
     try:
         with _Interrupt() as interrupt, progress:
+            wrapped.train()
             while step < args.max_steps:
-                wrapped.train()
                 scalars = compute_gradients(
                     accelerator,
                     wrapped,
@@ -301,7 +301,12 @@ def seed_generators(seed: int, step: int, *place: int | str) -> None:
     """Seeds torch and numpy as a function of (seed, step, place) and Python's `random` of (seed, step) alone."""
     random.seed(_hash(seed, step))
     number = _hash(seed, step, *place)
-    torch.manual_seed(number)
+    # not torch.manual_seed: with no GPU initialized it formats and keeps a stack trace per call, 2 ms
+    torch.default_generator.manual_seed(number)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(number)
+    elif torch.backends.mps.is_available():
+        torch.mps.manual_seed(number)
     np.random.seed(number % 2**32)
 
 
@@ -556,6 +561,7 @@ def _evaluate(model, loader, metric_fn, ema, accelerator, args) -> dict[str, flo
                 value = torch.as_tensor(value, device=accelerator.device).double() * len(indices)
                 totals[name] = totals.get(name, 0) + value
             samples += len(indices)
+    model.train()
     gathered = [(samples, {name: value.item() for name, value in totals.items()})]
     if accelerator.num_processes > 1:
         everyone: list = [None] * accelerator.num_processes
