@@ -15,6 +15,7 @@ from torch import nn
 from cjepa_hf.training import trainer
 from cjepa_hf.training.arguments import TrainArguments
 from cjepa_hf.training.trainer import (
+    BatchedMuon,
     Ema,
     compute_gradients,
     find_checkpoint,
@@ -359,6 +360,28 @@ def test_muon_takes_the_matrices_of_the_layer_stack_and_adamw_the_rest(tmp_path)
         make_optimizers(nn.Linear(2, 2), arguments(tmp_path, optimizer="muon"))
     with pytest.raises(ValueError, match="hed"):
         make_optimizers(model, arguments(tmp_path), {"hed": 1e-4})
+
+
+@pytest.mark.parametrize("size", [8, 80])  # float32 and bfloat16 iterations
+def test_batched_muon_takes_the_steps_of_torch_muon(size):
+    torch.manual_seed(0)
+    shapes = [(size, size), (3 * size, size), (size, 2 * size), (3 * size, size), (size, size)]
+    weights = [torch.randn(shape) for shape in shapes]
+    results = []
+    for kind in (torch.optim.Muon, BatchedMuon):
+        parameters = [nn.Parameter(weight.clone()) for weight in weights]
+        optimizer = kind(parameters, lr=0.1, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(4):
+            for parameter in parameters:
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+            optimizer.step()
+        results.append((parameters, optimizer.state_dict()))
+    (theirs, their_state), (ours, our_state) = results
+    for before, one, two in zip(weights, theirs, ours):
+        assert (one - two).norm() < 0.03 * (one - before).norm()  # torch iterates in bfloat16
+    for key, value in their_state["state"].items():
+        torch.testing.assert_close(value, our_state["state"][key])
 
 
 def test_accumulation_does_not_change_the_gradient(tmp_path):

@@ -443,7 +443,7 @@ def make_optimizers(
         if not hidden:
             raise ValueError("optimizer=muon found no linear layer in a ModuleList to train: pass --optimizer adamw")
         optimizers.append(
-            torch.optim.Muon(
+            BatchedMuon(
                 [named[name] for name in named if name in hidden],
                 lr=args.muon_learning_rate,
                 weight_decay=args.weight_decay,
@@ -474,6 +474,49 @@ def make_optimizers(
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
     return optimizers
+
+
+class BatchedMuon(torch.optim.Muon):
+    """`torch.optim.Muon` (with "match_rms_adamw") that orthogonalizes all matrices of one shape together: a small
+    model has many matrices of few shapes, and one by one they cost a quarter of a training step on a CPU."""
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            shapes: dict[torch.Size, list[nn.Parameter]] = {}
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    shapes.setdefault(parameter.shape, []).append(parameter)
+            for shape, parameters in shapes.items():
+                momenta = []
+                for parameter in parameters:
+                    state = self.state[parameter]
+                    if "momentum_buffer" not in state:
+                        state["momentum_buffer"] = torch.zeros_like(parameter.grad)
+                    momenta.append(state["momentum_buffer"])
+                gradients = [parameter.grad for parameter in parameters]
+                torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+                update = torch.stack(gradients).lerp_(torch.stack(momenta), group["momentum"])  # Nesterov
+                update = orthogonalize(update, group["ns_coefficients"], group["ns_steps"], group["eps"])
+                torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+                # times 0.2 sqrt(longer side): the root mean square of AdamW's updates
+                rate = group["lr"] * 0.2 * math.sqrt(max(shape))
+                torch._foreach_add_(parameters, list(update.unbind()), alpha=-rate)
+
+
+def orthogonalize(matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """Moves the singular values of `matrices` [K, rows, columns] near 1 by `steps` quintic Newton-Schulz iterations
+    (Jordan et al. 2024, as in `torch.optim.Muon`)."""
+    a, b, c = coefficients
+    dtype, tall = matrices.dtype, matrices.shape[1] > matrices.shape[2]
+    # bfloat16 is exact enough; below this size converting costs more on a CPU than it saves
+    x = matrices if matrices.device.type == "cpu" and min(matrices.shape[1:]) <= 64 else matrices.bfloat16()
+    x = x.mT if tall else x
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).to(dtype)
 
 
 def learning_rate_factor(step: int, args: TrainArguments) -> float:
