@@ -75,8 +75,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--num-tasks", type=int, help="only the first tasks (default: all)")
     sub.add_argument(
         "--planner", nargs="+", default=["default"], metavar="PLANNER",
-        help="default (short CEM, replanned after every block), paper (the paper's CEM), cem:SAMPLESxITERATIONS:ELITES, "
-        "each with /receding or /shrinking to override the schedule",
+        help="default (short CEM, replanned after every block), paper (the paper's CEM), cem:SAMPLESxITERATIONS:ELITES; "
+        "/receding, /shrinking, /window=W after it override single settings",
     )  # fmt: skip
     sub.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the planner (default: 0)")
     sub.add_argument("--no-proprio", action="store_true", help="plan from images alone")

@@ -13,7 +13,7 @@ from transformers import AutoImageProcessor
 from cjepa_hf.evaluation.protocols import load_protocol
 from cjepa_hf.evaluation.push_t import PushTResults, run_baseline, run_policy, select_tasks
 from cjepa_hf.models.cjepa import CJepaModel
-from cjepa_hf.planning.mpc import MPCPolicy
+from cjepa_hf.planning.mpc import default_policy
 from cjepa_hf.simulators.push_t import PROPRIO_INDICES, PushTWorld
 from cjepa_hf.simulators.rendering import AGENT_COLOR, BLOCK_COLOR, TABLE_SIZE, render_push_t
 
@@ -60,8 +60,7 @@ def run_demo(
             first_plan.update(state=states[0].copy(), actions=policy.last_plan.actions[0].clone())
 
     def policy():
-        generator = torch.Generator().manual_seed(seed)
-        return MPCPolicy(model, image_processor=processor, schedule="shrinking", generator=generator)
+        return default_policy(model, image_processor=processor, seed=seed)
 
     results = run_policy(policy(), protocol, num_tasks=num_tasks, on_plan=remember, progress=progress)
     blind = run_policy(policy(), protocol, num_tasks=num_tasks, use_proprio=False, progress=progress)

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from cjepa_hf import CJepaConfig, CJepaModel
 from cjepa_hf.evaluation.protocols import load_protocol, make_push_t_protocol, protocol_names
 from cjepa_hf.evaluation.push_t import run_actions, run_baseline, run_policy, select_tasks, simulator_policy
-from cjepa_hf.evaluation.suite import parse_planner
+from cjepa_hf.evaluation.suite import make_policy
 from cjepa_hf.planning.planners import CEMPlanner
 from cjepa_hf.simulators.push_t import push_t_success, state_errors
 
@@ -77,10 +78,23 @@ def test_more_tasks_than_there_are_is_an_error(protocol):
         load_protocol("pusht-24")
 
 
-def test_planners_are_named_by_what_they_do():
-    planner, schedule = parse_planner("cem:100x10:15/receding")
-    assert (planner.num_samples, planner.num_iterations, planner.num_elites, schedule) == (100, 10, 15, "receding")
-    assert parse_planner("paper")[0].num_iterations == 30 and parse_planner("paper")[1] == "receding"
+def test_validation_tasks_are_other_tasks(protocol):
+    validation = load_protocol("pusht-25-validation")["tasks"]["state"]
+    assert validation.shape == (200, 7)
+    both = np.concatenate([validation, protocol["tasks"]["state"]])
+    assert len(np.unique(both, axis=0)) == 400
+
+
+def test_policies_are_named_by_what_they_do():
+    model = CJepaModel(CJepaConfig(slot_size=16, num_attention_heads=4, action_size=10, num_hidden_layers=1)).eval()
+    model.set_statistics(action_mean=np.zeros(10), action_std=np.ones(10))
+    policy = make_policy(model, "cem:100x10:15/receding/window=2")
+    planner = policy.planner
+    assert (planner.num_samples, planner.num_iterations, planner.num_elites) == (100, 10, 15)
+    assert policy.schedule == "receding" and policy.rollout_options["window"] == 2
+    paper = make_policy(model, "paper")
+    assert (paper.planner.num_iterations, paper.schedule, paper.rollout_options["window"]) == (30, "receding", None)
+    assert make_policy(model, "default").schedule == "shrinking"
     for wrong in ("cem:100", "default/sometimes", "best"):
-        with pytest.raises(ValueError, match=wrong.split("/")[0]):
-            parse_planner(wrong)
+        with pytest.raises(ValueError, match=wrong.split("/")[-1]):
+            make_policy(model, wrong)

@@ -9,6 +9,7 @@ import numpy as np
 from cjepa_hf.simulators.push_t import push_t_success, state_errors
 from cjepa_hf.simulators.rendering import LINE_RADIUS, TABLE_SIZE, block_vertices
 
+_VALIDATION_SEED = 2_000_003
 _FOLDER = resources.files("cjepa_hf.evaluation") / "protocols"
 
 
@@ -20,7 +21,13 @@ def load_protocol(name: str) -> dict[str, Any]:
     """
     The protocol of this name: its rules, and `tasks`, a dict of arrays: "state" [n, 7], "goal_state" [n, 7], "actions"
     [n, goal_offset, 2] (the demonstration between them), "block_move" [n] px, "bin" [n].
+
+    "pusht-25-validation" has other tasks by the same recipe, drawn when asked for: choose planners and settings on them.
     """
+    if name == "pusht-25-validation":
+        protocol = make_push_t_protocol(seed=_VALIDATION_SEED) | {"name": name}
+        protocol["tasks"] = {key: np.array(value) for key, value in protocol["tasks"].items()}
+        return protocol
     path = _FOLDER / f"{name}.json"
     if not path.is_file():
         raise ValueError(f"unknown protocol {name!r}; expected one of {protocol_names()}.")

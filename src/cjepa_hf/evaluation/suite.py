@@ -14,26 +14,38 @@ from cjepa_hf.evaluation.metrics import success_rate
 from cjepa_hf.evaluation.protocols import load_protocol
 from cjepa_hf.evaluation.push_t import run_baseline, run_policy, simulator_policy
 from cjepa_hf.models.cjepa import CJepaModel
-from cjepa_hf.planning.mpc import MPCPolicy
-from cjepa_hf.planning.planners import CEMPlanner, default_planner
+from cjepa_hf.planning.costs import SlotGoalCost
+from cjepa_hf.planning.mpc import MPCPolicy, default_policy
+from cjepa_hf.planning.planners import CEMPlanner
 
 
-def parse_planner(text: str) -> tuple[CEMPlanner, str]:
-    """Planner and schedule of "default", "paper" or "cem:SAMPLESxITERATIONS:ELITES", optionally with "/schedule"."""
-    name, _, schedule = text.partition("/")
-    if schedule not in ("", "receding", "shrinking"):
-        raise ValueError(f"planner {text!r}: the schedule must be receding or shrinking.")
-    if name == "default":
-        return default_planner(), schedule or "shrinking"
+def make_policy(model: CJepaModel, text: str, *, image_processor=None, seed: int = 0) -> MPCPolicy:
+    """
+    The policy that a name describes: "default" ([`default_policy`]), "paper" (the paper's CEM, receding horizon, windows
+    of the full history, slots matched throughout), or "cem:SAMPLESxITERATIONS:ELITES" (the default with another CEM);
+    "/receding", "/shrinking" and "/window=W" after it override single settings.
+    """
+    name, *changes = text.split("/")
+    options: dict[str, Any] = {}
     if name == "paper":
-        return CEMPlanner(), schedule or "receding"
-    match = re.fullmatch(r"cem:(\d+)x(\d+):(\d+)", name)
-    if match is None:
-        raise ValueError(
-            f"planner {text!r}: expected default, paper or cem:SAMPLESxITERATIONS:ELITES (cem:100x10:15)."
-        )
-    samples, iterations, elites = map(int, match.groups())
-    return CEMPlanner(num_samples=samples, num_iterations=iterations, num_elites=elites), schedule or "shrinking"
+        options = {"planner": CEMPlanner(), "cost": SlotGoalCost(), "schedule": "receding"}
+        options |= {"window": None, "match_slots": True}
+    elif name != "default":
+        match = re.fullmatch(r"cem:(\d+)x(\d+):(\d+)", name)
+        if match is None:
+            raise ValueError(
+                f"planner {text!r}: expected default, paper or cem:SAMPLESxITERATIONS:ELITES (cem:60x5:10)."
+            )
+        samples, iterations, elites = map(int, match.groups())
+        options["planner"] = CEMPlanner(num_samples=samples, num_iterations=iterations, num_elites=elites)
+    for change in changes:
+        if change in ("receding", "shrinking"):
+            options["schedule"] = change
+        elif re.fullmatch(r"window=\d+", change):
+            options["window"] = int(change.removeprefix("window="))
+        else:
+            raise ValueError(f"planner {text!r}: {change!r} is not receding, shrinking or window=W.")
+    return default_policy(model, image_processor=image_processor, seed=seed, **options)
 
 
 def evaluate_push_t(
@@ -55,7 +67,7 @@ def evaluate_push_t(
 
     Args:
         model: folder or Hub id of a [`CJepaModel`] with slot encoder and statistics.
-        planners: see [`parse_planner`].
+        planners: names, see [`make_policy`].
         simulator_tasks: also plan this many tasks with the true simulator as the model.
 
     Returns:
@@ -72,34 +84,26 @@ def evaluate_push_t(
 
     for text in planners:
         for seed in seeds:
-            planner, schedule = parse_planner(text)
-            generator = torch.Generator().manual_seed(seed)
-            policy = MPCPolicy(net, planner, image_processor=processor, schedule=schedule, generator=generator)
-            add(
-                f"{text}" + ("" if use_proprio else ", no proprioception"),
-                seed,
-                run_policy(
-                    policy, frozen, num_tasks=num_tasks, use_proprio=use_proprio, style=style, progress=progress
-                ),
+            policy = make_policy(net, text, image_processor=processor, seed=seed)
+            results = run_policy(
+                policy, frozen, num_tasks=num_tasks, use_proprio=use_proprio, style=style, progress=progress
             )
+            add(text if use_proprio else f"{text}, no proprioception", seed, results)
     if controls:
         for name in ("replay", "random", "no-op"):
             add(name, 0, run_baseline(name, frozen, num_tasks=num_tasks))
     if simulator_tasks:
-        planner, schedule = parse_planner(planners[0])
+        like = make_policy(net, planners[0])
         policy = simulator_policy(
             net.action_mean.cpu(),
             net.action_std.cpu(),
             frame_skip=net.config.frame_skip,
-            planner=planner,
-            schedule=schedule,
+            planner=like.planner,
+            schedule=like.schedule,
             generator=torch.Generator().manual_seed(seeds[0]),
         )
-        add(
-            f"true simulator, {planners[0]}",
-            seeds[0],
-            run_policy(policy, frozen, num_tasks=simulator_tasks, progress=progress),
-        )
+        results = run_policy(policy, frozen, num_tasks=simulator_tasks, progress=progress)
+        add(f"true simulator, {planners[0]}", seeds[0], results)
     return {
         "protocol": {key: value for key, value in frozen.items() if key != "tasks"},
         "model": str(model),

@@ -1,7 +1,7 @@
 """Planning in slot space: costs, sampling planners and model-predictive control."""
 
 from .costs import RolloutCost, SlotGoalCost
-from .mpc import MPCPlan, MPCPolicy
+from .mpc import MPCPlan, MPCPolicy, default_policy
 from .planners import CEMPlanner, ICEMPlanner, MPPIPlanner, PlannerOutput, default_planner
 
 __all__ = [
@@ -14,4 +14,5 @@ __all__ = [
     "RolloutCost",
     "SlotGoalCost",
     "default_planner",
+    "default_policy",
 ]

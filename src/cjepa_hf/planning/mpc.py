@@ -356,6 +356,26 @@ class MPCPolicy:
         return self.model.normalize_proprio(proprio).to(self.model.dtype)
 
 
+def default_policy(
+    model: CJepaModel, *, image_processor: Callable | None = None, seed: int = 0, **options
+) -> MPCPolicy:
+    """
+    The policy of `cjepa-hf demo` and `cjepa-hf evaluate`: a short CEM, planned again after every block with a shrinking
+    horizon, from one frame at a time. Slots are compared by their place in the set where the model's slot encoder keeps
+    roles (`slots_keep_roles`), else by optimal assignment. `options` override arguments of [`MPCPolicy`].
+    """
+    matched = not getattr(model.slot_encoder, "slots_keep_roles", False)
+    defaults = {
+        "planner": default_planner(),
+        "cost": SlotGoalCost(match_slots=matched),
+        "schedule": "shrinking",
+        "window": 1,
+        "match_slots": matched,
+        "generator": torch.Generator().manual_seed(seed),
+    }
+    return MPCPolicy(model, image_processor=image_processor, **(defaults | options))
+
+
 def _batch_size(observation: Observation, name: str) -> int:
     sizes = {key: len(value) for key, value in observation.items() if value is not None}
     if len(set(sizes.values())) != 1:
