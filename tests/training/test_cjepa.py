@@ -2,6 +2,9 @@
 
 import json
 import random
+import runpy
+import sys
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -9,10 +12,12 @@ import pytest
 import torch
 from accelerate import Accelerator, debug_launcher
 from accelerate.state import AcceleratorState
-from transformers import AutoConfig, AutoImageProcessor, AutoModel
+from transformers import AutoImageProcessor
 
+from cjepa_hf.data.extract import _open_encoder
 from cjepa_hf.data.slots import SlotWindows, load_slot_dataset, window_statistics, write_slot_dataset
 from cjepa_hf.models.cjepa import CJepaConfig, CJepaModel
+from cjepa_hf.models.color_isa import ColorIsaConfig, ColorIsaImageProcessor, ColorIsaModel
 from cjepa_hf.training import cjepa, trainer
 from cjepa_hf.training.arguments import parse_arguments
 from cjepa_hf.training.cjepa import (
@@ -171,25 +176,41 @@ def test_training_can_start_from_a_trained_model(folder, tmp_path):
 
 
 def test_the_slot_encoder_goes_frozen_into_the_model(folder, tmp_path):
-    color_isa = pytest.importorskip("cjepa_hf.models.color_isa")
-    AutoConfig.register("color-isa", color_isa.ColorIsaConfig, exist_ok=True)
-    AutoModel.register(color_isa.ColorIsaConfig, color_isa.ColorIsaModel, exist_ok=True)
-    AutoImageProcessor.register(color_isa.ColorIsaConfig, color_isa.ColorIsaImageProcessor, exist_ok=True)
-    encoder = color_isa.ColorIsaModel(color_isa.ColorIsaConfig(num_slots=N, slot_size=D, hidden_size=16, mlp_size=16))
+    encoder = ColorIsaModel(ColorIsaConfig(num_slots=N, slot_size=D, hidden_size=16, mlp_size=16))
     encoder.save_pretrained(tmp_path / "encoder")
-    color_isa.ColorIsaImageProcessor(size=64).save_pretrained(tmp_path / "encoder")
+    ColorIsaImageProcessor(size=64).save_pretrained(tmp_path / "encoder")
     main(command(folder, tmp_path / "model", "--slot_encoder", str(tmp_path / "encoder")))
     model = CJepaModel.from_pretrained(tmp_path / "model")
     for name, value in encoder.state_dict().items():
         assert torch.equal(model.slot_encoder.state_dict()[name], value)
     pixels = torch.rand(1, 2, 3, 64, 64)
     torch.testing.assert_close(model.encode(pixels), encoder.eval()(pixels).slots)
-    processor = color_isa.ColorIsaImageProcessor.from_pretrained(tmp_path / "model")
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "model")
     assert processor.size == 64
-    wrong = color_isa.ColorIsaModel(color_isa.ColorIsaConfig(num_slots=N + 1, slot_size=D, hidden_size=16))
+    wrong = ColorIsaModel(ColorIsaConfig(num_slots=N + 1, slot_size=D, hidden_size=16))
     wrong.save_pretrained(tmp_path / "wrong")
     with pytest.raises(ValueError, match="num_slots=4"):
         main(command(folder, tmp_path / "other", "--slot_encoder", str(tmp_path / "wrong")))
+
+
+def test_an_encoder_with_other_weights_than_the_one_that_made_the_slots_is_refused(folder, tmp_path):
+    for name in ("maker", "other"):
+        ColorIsaModel(ColorIsaConfig(num_slots=N, slot_size=D, hidden_size=16)).save_pretrained(tmp_path / name)
+        ColorIsaImageProcessor().save_pretrained(tmp_path / name)
+    _, _, description = _open_encoder(tmp_path / "maker", None, None, None)
+    splits = {"train": map(episode, range(4)), "validation": map(episode, range(4, 6))}
+    write_slot_dataset(tmp_path / "slots", splits, frame_skip=2, encoder=description)
+    words = ("--max_steps", "1", "--slot_encoder")
+    main(command(tmp_path / "slots", tmp_path / "a", *words, str(tmp_path / "maker")))
+    with pytest.raises(ValueError, match="other weights"):
+        main(command(tmp_path / "slots", tmp_path / "b", *words, str(tmp_path / "other")))
+
+
+def test_the_example_trains(folder, tmp_path, monkeypatch):
+    example = Path(__file__).parents[2] / "examples" / "train.py"
+    monkeypatch.setattr(sys, "argv", [str(example), *command(folder, tmp_path, "--max_steps", "2")])
+    runpy.run_path(str(example), run_name="__main__")
+    assert CJepaModel.from_pretrained(tmp_path).config.num_slots == N
 
 
 def test_cropped_histories_keep_the_frames_next_to_the_future():

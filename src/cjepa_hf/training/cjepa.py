@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModel, BaseImageProcessor
 from transformers.hf_argparser import HfArg
 
+from ..data.extract import _weights_hash
 from ..data.slots import SlotDataset, SlotWindows, StreamingSlotWindows, load_slot_dataset, window_statistics
 from ..models.cjepa import CJepaConfig, CJepaModel
 from .arguments import TrainArguments, parse_arguments
@@ -230,13 +231,19 @@ def build_model(
             raise ValueError(f"{name}={given}, but {dataset.name} has {size} (frame_skip {frame_skip})")
     encoder = None
     if args.slot_encoder:
-        encoder = AutoModel.from_pretrained(args.slot_encoder, use_safetensors=True)
+        encoder = AutoModel.from_pretrained(args.slot_encoder, use_safetensors=True, dtype=torch.float32)
         for name in ("num_slots", "slot_size"):
             if getattr(encoder.config, name, sizes[name]) != sizes[name]:
                 raise ValueError(
                     f"the slot encoder {args.slot_encoder} has {name}={getattr(encoder.config, name)}, {dataset.name} "
                     f"has {sizes[name]}: pass the encoder that made the dataset"
                 )
+        made_by = (dataset.metadata.get("encoder") or {}).get("weights_hash")
+        if made_by not in (None, _weights_hash(encoder)):
+            raise ValueError(
+                f"the slots of {dataset.name} were made by an encoder with other weights than {args.slot_encoder} has: "
+                f"pass the one that made them, or extract the dataset again"
+            )
         fields["slot_encoder_config"] = encoder.config
     config = CJepaConfig(**fields)
     if args.init_model:
