@@ -10,50 +10,11 @@ idle machine.
 """
 
 import argparse
-import json
-import os
-import platform
-import statistics
-import sys
-import time
 from pathlib import Path
 
+from common import hardware, in_units, restart_with_allocator_settings, seconds, summary, write_result
+
 ITERATION_GFLOP = 214.0
-PRODUCT_SIZE = 2048
-# glibc otherwise gives large activations back to the kernel after every use, and faults them in again.
-ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "20000000000"}
-
-
-def seconds(function, repeats: int, synchronize) -> list[float]:
-    times = []
-    for _ in range(repeats):
-        synchronize()
-        start = time.perf_counter()
-        function()
-        synchronize()
-        times.append(time.perf_counter() - start)
-    return times
-
-
-def summary(times: list[float]) -> dict:
-    return {"median_s": statistics.median(times), "min_s": min(times), "max_s": max(times), "repeats": len(times)}
-
-
-def hardware(torch, device) -> dict:
-    name = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    return {
-        "cpu": name,
-        "cores": os.cpu_count(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "load_average": os.getloadavg()[0],
-        "fast_allocator": "MALLOC_TRIM_THRESHOLD_" in os.environ,
-    }
 
 
 def main() -> None:
@@ -69,10 +30,8 @@ def main() -> None:
     parser.add_argument("--no_allocator_settings", action="store_true", help="leave glibc's settings as they are")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
-    settable = args.device == "cpu" and platform.libc_ver()[0] == "glibc" and not set(ALLOCATOR) & set(os.environ)
-    if settable and not args.no_allocator_settings:
-        # glibc reads them when a process starts.
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **ALLOCATOR})
+    if args.device == "cpu" and not args.no_allocator_settings:
+        restart_with_allocator_settings()
 
     import torch
 
@@ -100,37 +59,15 @@ def main() -> None:
         )
 
     result = {"benchmark": "planning", "hardware": hardware(torch, device), "dtype": args.dtype, "iterations": []}
-    left = torch.randn(PRODUCT_SIZE, PRODUCT_SIZE, device=device).to(torch.bfloat16)
-    right = torch.randn(PRODUCT_SIZE, PRODUCT_SIZE, device=device).to(torch.bfloat16)
-
-    def product():
-        return left @ right
-
     model = CJepaModel(CJepaConfig(action_size=10, proprio_size=4)).eval().to(device=device, dtype=dtype)
     actions = torch.randn(1, 300, 5, 10)
-    rates = []
     for chunk in args.chunks or [None]:
         for match_slots in (False, True):
             cost_fn = cost_of(model, max_candidates_per_chunk=chunk, match_slots=match_slots)
-            seconds(product, 3, synchronize)
-            seconds(lambda fn=cost_fn: fn(actions), 2, synchronize)
-            products, times = [], []
-            # Interleaved, so that both see the same clock and the same neighbors.
-            for _ in range(args.repeats):
-                products += seconds(product, 5, synchronize)
-                times += seconds(lambda fn=cost_fn: fn(actions), 1, synchronize)
-            rate = 2 * PRODUCT_SIZE**3 / statistics.median(products) / 1e9
-            rates.append(rate)
+            timing = in_units(lambda fn=cost_fn: fn(actions), ITERATION_GFLOP, args.repeats, torch, device)
             result["iterations"].append(
-                {
-                    "candidates_per_chunk": cost_fn.chunk_size,
-                    "match_slots_in_rollout": match_slots,
-                    **summary(times),
-                    "product_gflop_per_s": rate,
-                    "units": statistics.median(times) * rate / ITERATION_GFLOP,
-                }
+                {"candidates_per_chunk": cost_fn.chunk_size, "match_slots_in_rollout": match_slots, **timing}
             )
-    result["product_gflop_per_s"] = statistics.median(rates)
 
     if args.profile:
         activities = [torch.profiler.ProfilerActivity.CPU]
@@ -148,11 +85,14 @@ def main() -> None:
     if args.model:
         model = CJepaModel.from_pretrained(args.model, use_safetensors=True).eval().to(device)
         result["plans"] = {"model": args.model, "model_dtype": str(model.dtype), "tasks": args.tasks, "planners": {}}
-        planners = {"paper": CEMPlanner(), "default": default_planner()}
-        for name, planner in planners.items():
+        kinds = {
+            "paper": (CEMPlanner(), (5,), {"match_slots": True}),
+            "default": (default_planner(), (5, 4, 3, 2, 1), {"match_slots": False, "window": 1}),
+        }
+        for name, (planner, horizons, options) in kinds.items():
             rows = []
-            for horizon in (5, 4, 3, 2, 1) if name == "default" else (5,):
-                cost_fn = cost_of(model, args.tasks)
+            for horizon in horizons:
+                cost_fn = cost_of(model, args.tasks, **options)
 
                 def plan(planner=planner, cost_fn=cost_fn, horizon=horizon):
                     size = model.config.action_size
@@ -162,17 +102,8 @@ def main() -> None:
 
                 plan()
                 rows.append({"horizon": horizon, **summary(seconds(plan, args.repeats, synchronize))})
-            result["plans"]["planners"][name] = {"planner": repr(planner), "plans": rows}
-        by_name = {name: value["plans"] for name, value in result["plans"]["planners"].items()}
-        result["plans"]["default_over_paper"] = by_name["default"][0]["median_s"] / by_name["paper"][0]["median_s"]
-
-    text = json.dumps(result, indent=2)
-    print(text)
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        temporary = args.output.with_name(args.output.name + ".tmp")
-        temporary.write_text(text + "\n")
-        os.replace(temporary, args.output)
+            result["plans"]["planners"][name] = {"planner": repr(planner), **options, "plans": rows}
+    write_result(result, args.output)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from scipy.optimize import linear_sum_assignment
 from transformers import AutoConfig, AutoModel
 
 from cjepa_hf import CJepaConfig, CJepaModel
-from cjepa_hf.models.cjepa.modeling_cjepa import assign_slots, reorder_slots, solve_assignment
+from cjepa_hf.models.cjepa.modeling_cjepa import assign_slots, fast_dropout, reorder_slots, solve_assignment
 
 TINY = dict(
     slot_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64, action_size=10, proprio_size=4
@@ -192,6 +192,21 @@ def test_huber_equals_mse_for_small_errors_and_grows_linearly_for_large_ones():
     torch.testing.assert_close(model._token_loss(small, target), torch.full((2, 4), 1e-6), rtol=1e-3, atol=0)
     ratio = model._token_loss(2 * large, target) / model._token_loss(large, target)
     torch.testing.assert_close(ratio, torch.full((2, 4), 2.0), rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_dropout_drops_the_declared_share_and_keeps_the_mean(p):
+    torch.manual_seed(0)
+    x = torch.ones(1001, 1003, requires_grad=True)
+    y = fast_dropout(x, p, training=True)
+    assert abs((y == 0).float().mean() - p) < 3e-3 and abs(y.mean() - 1) < 5e-3
+    torch.testing.assert_close(y[y != 0], torch.full_like(y[y != 0], 1 / (1 - p)))
+    assert abs((y[::2] == 0).float().mean() - p) < 4e-3  # no pattern within the drawn words
+    y.sum().backward()
+    assert torch.equal(x.grad, y.detach())
+    torch.manual_seed(0)
+    assert torch.equal(fast_dropout(x, p, training=True), y)
+    assert fast_dropout(x, p, training=False) is x
 
 
 def test_targets_give_no_gradient():
