@@ -1,8 +1,8 @@
 """Trains the color-prototype slot encoder on frames: `cjepa-hf train encoder` and examples/train_slot_encoder.py."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -11,7 +11,7 @@ from transformers.hf_argparser import HfArg
 
 from ..models.color_isa import ColorIsaConfig, ColorIsaImageProcessor, ColorIsaModel
 from .arguments import TrainArguments, parse_arguments
-from .trainer import create_hub_repository, make_accelerator, push_folder_to_hub, save_model_folder, train
+from .trainer import TrainResult, create_hub_repository, make_accelerator, push_folder_to_hub, save_model_folder, train
 
 _SCENE_FRAMES = 500  # frames that the empty scene and the colors are taken from
 _CALIBRATION_FRAMES = 4096  # frames that the scale of the content is taken from
@@ -37,7 +37,7 @@ class ColorIsaTrainArguments(TrainArguments):
     num_slots: int = HfArg(default=4, help="Slots, the background included: one more than there are colored objects.")
     slot_size: int = HfArg(default=64, help="Size of a slot.")
     content_noise: float = HfArg(default=0.1, help="Noise on the content that the decoder has to live with.")
-    content_loss_weight: float = HfArg(default=1e-5, help="Weight of the squared content.")
+    content_loss_weight: float = HfArg(default=3e-5, help="Weight of the squared content.")
     max_offset: float = HfArg(default=0.3, help="Largest offset of a slot from its attention's centroid; 0: none.")
 
     max_steps: int = HfArg(default=6000, help="Optimizer steps.")
@@ -56,34 +56,52 @@ class ColorIsaTrainArguments(TrainArguments):
 
 
 class FrameDataset(torch.utils.data.Dataset):
-    """uint8 frames [n, H, W, 3], fetched as batches of float `pixel_values` [B, 3, H, W] in [0, 1]."""
+    """uint8 frames [n, H, W, 3], fetched as batches of float `pixel_values` [B, 3, H, W] in [0, 1].
 
-    def __init__(self, frames: np.ndarray):
-        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or len(frames) == 0:
-            raise ValueError(f"frames are {frames.dtype} of shape {frames.shape}; expected uint8 [n, H, W, 3], n > 0.")
+    `targets` [m, H, W, 3], m <= n: the first m scenes as they are to be drawn, where that is not as they are seen;
+    batches then also have `target_pixel_values`.
+    """
+
+    def __init__(self, frames: np.ndarray, targets: np.ndarray | None = None):
+        for array in (frames,) if targets is None else (frames, targets):
+            if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != 3 or len(array) == 0:
+                raise ValueError(
+                    f"frames are {array.dtype} of shape {array.shape}; expected uint8 [n, H, W, 3], n > 0."
+                )
+        if targets is not None and (len(targets) > len(frames) or targets.shape[1:] != frames.shape[1:]):
+            raise ValueError(f"targets of shape {targets.shape} do not fit frames of shape {frames.shape}.")
         self.frames = torch.from_numpy(frames)
+        self.targets = None if targets is None else torch.from_numpy(targets)
 
     def __len__(self):
         return len(self.frames)
 
     def __getitem__(self, index):
-        return self.frames[index]
+        return self.__getitems__([index])[0]
 
     def __getitems__(self, indices):
-        return self.frames[indices]
+        """uint8 [B, 1 or 2, H, W, 3]: as seen, and as to be drawn."""
+        indices = torch.as_tensor(indices)
+        seen = self.frames[indices]
+        if self.targets is None:
+            return seen[:, None]
+        drawn, other = seen.clone(), indices < len(self.targets)
+        drawn[other] = self.targets[indices[other]]
+        return torch.stack([seen, drawn], dim=1)
 
     @staticmethod
     def collate(frames) -> dict[str, torch.Tensor]:
         if not isinstance(frames, torch.Tensor):
             frames = torch.stack(frames)
-        return {"pixel_values": frames.permute(0, 3, 1, 2).float().div_(255)}
+        frames = frames.permute(1, 0, 4, 2, 3).float().div_(255)
+        return dict(zip(("pixel_values", "target_pixel_values"), frames))
 
 
-def main(argv: list[str] | None = None) -> Path:
-    """Trains an encoder and returns the folder it is in (`--output_dir`), ready for `from_pretrained`.
+def main(argv: Sequence[str] | None = None) -> TrainResult:
+    """Trains as the command line `argv` (default: `sys.argv[1:]`) says and leaves the model in `--output_dir`.
 
-    The folder also gets the image processor, training_args.json and latent_statistics.json (mean and standard
-    deviation of every slot, variance of positions and contents).
+    The folder is ready for `from_pretrained`; it also gets the image processor, training_args.json and
+    latent_statistics.json (mean and standard deviation of every slot, variance of positions and contents).
     """
     (args,) = parse_arguments(ColorIsaTrainArguments, argv, description=__doc__)
     config = ColorIsaConfig(
@@ -97,35 +115,31 @@ def main(argv: list[str] | None = None) -> Path:
     if args.push_to_hub and accelerator.is_main_process:
         create_hub_repository(args)
     if args.dataset is None:
-        frames, eval_frames = push_t_frames(args, config.image_size)
+        data = push_t_frames(args, config.image_size)
     else:
-        frames, eval_frames = dataset_frames(args, config.image_size)
-    train_slot_encoder(config, frames, eval_frames, args, accelerator)
+        data = tuple(FrameDataset(frames) for frames in dataset_frames(args, config.image_size))
+    _, result = train_slot_encoder(config, *data, args, accelerator)
     if args.push_to_hub and accelerator.is_main_process:
         print(push_folder_to_hub(args))
-    return Path(args.output_dir)
+    return result
 
 
 def train_slot_encoder(
     config: ColorIsaConfig,
-    frames: np.ndarray,
-    eval_frames: np.ndarray,
+    dataset: FrameDataset,
+    eval_dataset: FrameDataset | None,
     args: ColorIsaTrainArguments,
     accelerator=None,
-) -> ColorIsaModel:
-    """Trains on uint8 frames [n, H, W, 3] and saves the model in `args.output_dir`; labels are never seen.
+) -> tuple[ColorIsaModel, TrainResult]:
+    """Trains on frames alone and saves the model in `args.output_dir`.
 
     Resumes as [`~cjepa_hf.training.trainer.train`] does; raises what that raises.
     """
     accelerator = accelerator or make_accelerator(args)
     torch.manual_seed(args.seed)
     model = ColorIsaModel(config)
-    model.set_scene(*scene_statistics(frames, config.num_slots, args.seed))
-    dataset = FrameDataset(frames)
-    train(
-        model, dataset, FrameDataset(eval_frames), _loss, args, collate=FrameDataset.collate, accelerator=accelerator
-    )
-    model.eval()
+    model.set_scene(*scene_statistics(dataset.frames.numpy(), config.num_slots, args.seed))
+    result = train(model, dataset, eval_dataset, _loss, args, accelerator=accelerator)
     statistics = calibrate_content(model, dataset)
     if accelerator.is_main_process:
         files = {
@@ -135,7 +149,7 @@ def train_slot_encoder(
         }
         save_model_folder(model, args.output_dir, files)
     accelerator.wait_for_everyone()
-    return model
+    return model, result
 
 
 def _loss(model, batch):
@@ -179,8 +193,7 @@ def calibrate_content(model: ColorIsaModel, dataset: FrameDataset) -> dict:
     """Scales the content so that the object whose content varies most has variance `config.content_variance`, against
     positions scaled by `config.position_scale`; returns statistics of the resulting slots, as lists by slot."""
     indices = np.linspace(0, len(dataset) - 1, min(len(dataset), _CALIBRATION_FRAMES)).astype(int)
-    batch = dataset.collate(dataset.__getitems__(torch.from_numpy(indices)))
-    pixel_values = batch["pixel_values"].to(model.device)
+    pixel_values = dataset.collate(dataset.__getitems__(indices))["pixel_values"].to(model.device)
     model.set_content_scale(1.0)
     position, content = model.split_slots(model(pixel_values).slots)
     variance = content.var(dim=0).sum(dim=-1)
@@ -198,16 +211,24 @@ def calibrate_content(model: ColorIsaModel, dataset: FrameDataset) -> dict:
     }
 
 
-def push_t_frames(args: ColorIsaTrainArguments, resolution: int) -> tuple[np.ndarray, np.ndarray]:
-    """Training and evaluation frames of our Push-T, uint8 [n, H, W, 3]; a function of the seed."""
+def push_t_frames(args: ColorIsaTrainArguments, resolution: int) -> tuple[FrameDataset, FrameDataset]:
+    """Training and evaluation frames of our Push-T, a function of the seed. Aliased frames are to be drawn smooth."""
     from ..data.collect import sample_encoder_frames
+    from ..simulators.rendering import render_push_t
+
+    def draw(count, seed):
+        aliased = {"mixture": count // 2, "smooth": 0, "aliased": count}[args.style]
+        smooth, states, goals = sample_encoder_frames(count, seed=seed, resolution=resolution)
+        if aliased == 0:
+            return FrameDataset(smooth)
+        seen = smooth.copy()
+        seen[:aliased] = render_push_t(
+            states[:aliased], goal_pose=goals[:aliased], resolution=resolution, style="aliased"
+        )
+        return FrameDataset(seen, smooth[:aliased])
 
     # evaluation frames never share a seed with training frames
-    frames = sample_encoder_frames(args.num_frames, seed=2 * args.seed, resolution=resolution, style=args.style)
-    eval_frames = sample_encoder_frames(
-        args.num_eval_frames, seed=2 * args.seed + 1, resolution=resolution, style=args.style
-    )
-    return frames, eval_frames
+    return draw(args.num_frames, 2 * args.seed), draw(args.num_eval_frames, 2 * args.seed + 1)
 
 
 def dataset_frames(args: ColorIsaTrainArguments, resolution: int) -> tuple[np.ndarray, np.ndarray]:
