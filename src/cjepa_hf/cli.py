@@ -2,23 +2,53 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; errors in what the user gave are printed without a traceback (exit status 2)."""
+    """Runs a command; errors in what the user gave are one line on stderr, without a traceback (exit status 2)."""
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     if rest and arguments.command != "train":
         parser.error(f"unknown arguments: {' '.join(rest)} (see `cjepa-hf {arguments.command} --help`)")
     try:
         arguments.run(arguments, rest)
-    except (ValueError, OSError) as error:
-        print(f"cjepa-hf {arguments.command}: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print(f"cjepa-hf {arguments.command}: interrupted; the same command starts or continues it", file=sys.stderr)
+        return 130
+    except Exception as error:
+        explanation = _explanation(error)
+        if explanation is None:  # a fault of this program: its traceback is wanted
+            raise
+        print(f"cjepa-hf {arguments.command}: {explanation}", file=sys.stderr)
         return 2
     return 0
+
+
+def _explanation(error: Exception) -> str | None:
+    """One line for an error in what the user gave (values, files, folders), None for any other."""
+    from concurrent.futures.process import BrokenProcessPool
+
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    text = " ".join(str(error).split())
+    if isinstance(error, SafetensorError):
+        return f"a .safetensors file of the model is damaged ({text}): copy or download it again"
+    if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" in text:
+        return "the weights are not of the sizes that config.json says (listed above): copy or download both again"
+    if isinstance(error, StrictDataclassError):
+        return f"config.json: {text}. Correct it, or copy or download the model again"
+    if text.startswith("Repo id must be"):  # what a missing folder is taken for
+        return f"no such folder, and not a Hub id (owner/name) either: {text}"
+    if isinstance(error, DatasetsError) and error.__cause__ is not None:
+        text = f"{text} ({' '.join(str(error.__cause__).split())})"
+    known = ValueError, OSError, DatasetsError
+    return text if isinstance(error, known) or isinstance(error.__cause__, BrokenProcessPool) else None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -106,14 +136,38 @@ def _device(arguments) -> str:
     import torch
 
     if arguments.device:
+        try:
+            torch.empty(0, device=arguments.device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(
+                f"--device {arguments.device} cannot be used here ({str(error).splitlines()[0]}): leave --device out"
+            ) from error
         return arguments.device
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def _model(arguments):
+def _model(arguments) -> str:
     from cjepa_hf import bundled_checkpoint
 
-    return arguments.model or str(bundled_checkpoint("push_t"))
+    model = arguments.model
+    if model is None:
+        return str(bundled_checkpoint("push_t"))
+    if not Path(model).is_dir() and (model.count("/") != 1 or model.startswith((".", "/", "~"))):
+        raise FileNotFoundError(f"no folder {model}, and it is not a Hub id (owner/name) either")
+    return model
+
+
+def _image(path: str):
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read as an image ({error}): give a PNG or JPEG file") from error
+    if image.mode not in ("RGB", "RGBA", "P"):
+        raise ValueError(f"{path} is an image of mode {image.mode!r}: give one in color (RGB)")
+    return image.convert("RGB")
 
 
 def demo(arguments, _) -> None:
@@ -179,6 +233,11 @@ def train(arguments, rest) -> None:
 def evaluate(arguments, _) -> None:
     from cjepa_hf.evaluation.suite import evaluate_push_t, print_evaluation
 
+    output = Path(arguments.output) if arguments.output else None
+    if output:  # before the work, so that a wrong path costs none
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if output.is_dir():
+            raise ValueError(f"--output {output} is a folder: give the name of a file")
     results = evaluate_push_t(
         _model(arguments),
         protocol=arguments.protocol,
@@ -192,22 +251,24 @@ def evaluate(arguments, _) -> None:
         device=_device(arguments),
         progress=not arguments.json,
     )
-    if arguments.output:
-        path = Path(arguments.output)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(results, indent=1) + "\n")
+    if output:
+        temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+        try:
+            temporary.write_text(json.dumps(results, indent=1) + "\n")
+            os.replace(temporary, output)
+        finally:
+            temporary.unlink(missing_ok=True)
     print(json.dumps(results, indent=1)) if arguments.json else print_evaluation(results)
 
 
 def plan(arguments, _) -> None:
     import torch
-    from PIL import Image
     from transformers import pipeline
 
     import cjepa_hf  # noqa: F401  registers the pipeline
 
+    inputs = {"start": _image(arguments.start), "goal": _image(arguments.goal)}
     planner = pipeline("goal-planning", model=_model(arguments), device=torch.device(_device(arguments)))
-    inputs = {"start": Image.open(arguments.start).convert("RGB"), "goal": Image.open(arguments.goal).convert("RGB")}
     if arguments.proprio:
         inputs["proprio"] = arguments.proprio
     result = planner(inputs, horizon=arguments.horizon, seed=arguments.seed)
