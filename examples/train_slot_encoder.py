@@ -9,10 +9,7 @@ first. `cjepa-hf train encoder` runs the same code. The encoder tells objects ap
 of `cjepa_hf.models.color_isa`.
 """
 
-from cjepa_hf.training import use_fast_cpu_allocator
+from cjepa_hf.training.color_isa import main
 
 if __name__ == "__main__":
-    use_fast_cpu_allocator()
-    from cjepa_hf.training.color_isa import main
-
     main()

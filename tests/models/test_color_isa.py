@@ -1,6 +1,8 @@
 """The color-prototype slot encoder: geometry, losses, saving, images in, errors, and that it learns without labels."""
 
 import json
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -480,6 +482,14 @@ def test_frames_of_a_dataset_folder_are_read_from_images_and_from_clips(tmp_path
         torch.testing.assert_close(1 - model.colors.detach()[1:], colors[1:], rtol=0, atol=0.05)
     with pytest.raises(ValueError, match=r"columns.*--column"):
         main(["--dataset", str(tmp_path / "clips"), "--output_dir", str(tmp_path / "x"), "--column", "pictures"])
+
+
+def test_the_example_runs_the_training_script(monkeypatch, capsys):
+    example = Path(__file__).parents[2] / "examples" / "train_slot_encoder.py"
+    monkeypatch.setattr("sys.argv", [str(example), "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(example), run_name="__main__")
+    assert stopped.value.code == 0 and "--content_loss_weight" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -40,7 +40,7 @@ class ColorIsaTrainArguments(TrainArguments):
     content_loss_weight: float = HfArg(default=3e-5, help="Weight of the squared content.")
     max_offset: float = HfArg(default=0.3, help="Largest offset of a slot from its attention's centroid; 0: none.")
 
-    max_steps: int = HfArg(default=6000, help="Optimizer steps.")
+    max_steps: int = HfArg(default=4000, help="Optimizer steps.")
     batch_size: int = HfArg(default=32, help="Frames per optimizer step, counted over all processes.")
     optimizer: Literal["adamw", "muon"] = HfArg(default="muon", help="muon: Muon for the matrices of the layers.")
     learning_rate: float = HfArg(default=1e-3, help="Peak learning rate of AdamW.")
