@@ -299,6 +299,8 @@ class ColorIsaPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = False
+    memoryless = True  # a frame's slots depend on that frame alone
+    slots_keep_roles = True  # slot k is the object of color prototype k in every frame: no matching is needed
 
     @torch.no_grad()
     def _init_weights(self, module):
