@@ -1,0 +1,141 @@
+"""Uploading to a Hub and loading from it, with the real clients, against a small Hub on this computer (local_hub.py)."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """The folder that the Hub stores, and a function that runs steps of client.py, in a process with empty caches."""
+    root = tmp_path_factory.mktemp("hub")
+    port_file = root / "port"
+    command = [
+        sys.executable,
+        str(HERE / "local_hub.py"),
+        "--root",
+        str(root / "store"),
+        "--port-file",
+        str(port_file),
+    ]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while not (port_file.exists() and port_file.read_text()):
+            if server.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError("the local Hub did not start")
+            time.sleep(0.05)
+        offline = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
+        environment = {name: value for name, value in os.environ.items() if name not in offline} | {
+            "HF_ENDPOINT": f"http://127.0.0.1:{port_file.read_text()}",
+            "HF_TOKEN": "hf_local",
+            "HF_HUB_DISABLE_XET": "1",
+            "DISABLE_SAFETENSORS_CONVERSION": "1",
+            "NO_PROXY": "127.0.0.1",
+            "CUDA_VISIBLE_DEVICES": "",
+        }
+
+        def client(name, *steps):
+            folder = root / name
+            folder.mkdir()
+            command = [sys.executable, str(HERE / "client.py"), str(folder), *steps]
+            environment["HF_HOME"] = str(folder / "home")
+            result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+            assert result.returncode == 0, result.stderr
+            return json.loads((folder / "results_of_steps.json").read_text())
+
+        yield root / "store", client
+    finally:
+        server.terminate()
+        server.wait()
+
+
+@pytest.fixture(scope="module")
+def published(hub):
+    return hub[1]("publisher", "push_model", "upload_slots", "train_and_push", "push_pickle")
+
+
+@pytest.fixture(scope="module")
+def loaded(hub, published):
+    """Another user, whose caches are empty."""
+    first = value(published, "push_model")["first"]
+    steps = ["load_model:" + first, "load_pickle", "load_slots", "load_missing", "plan", "evaluate_trained"]
+    return hub[1]("user", *steps)
+
+
+def value(results, step):
+    result = results[step]
+    assert not (isinstance(result, dict) and "error" in result), result["error"]
+    return result
+
+
+def files(store, kind, name):
+    """Files of the newest commit."""
+    folder = store / kind / "tester" / name
+    commit = json.loads((folder / "refs.json").read_text())["branches"]["main"]
+    return {str(path.relative_to(folder / commit)) for path in (folder / commit).rglob("*") if path.is_file()}
+
+
+def test_a_pushed_model_loads_by_its_id_and_by_autoclass(published, loaded):
+    old, new = value(published, "push_model")["predicted"]
+    result = value(loaded, "load_model")
+    assert result["class"] == "CJepaModel" and old != new
+    np.testing.assert_allclose(result["predicted"], [old, new, new], rtol=1e-6)  # the old one by its revision
+
+
+def test_pushed_weights_are_safetensors(hub, published):
+    value(published, "push_model")
+    assert files(hub[0], "models", "world") >= {"config.json", "model.safetensors", "preprocessor_config.json"}
+    assert not [name for name in files(hub[0], "models", "world") if name.endswith((".bin", ".pt", ".py"))]
+
+
+def test_pickled_weights_are_refused_and_not_even_downloaded(hub, published, loaded):
+    value(published, "push_pickle")
+    assert "pytorch_model.bin" in files(hub[0], "models", "pickle")
+    assert "tester/pickle" in value(loaded, "load_pickle")
+    requests = (hub[0] / "access.log").read_text().splitlines()
+    assert [line for line in requests if "tester/pickle/resolve" in line and line.endswith("config.json")]
+    assert not [line for line in requests if line.startswith("GET") and "pytorch_model.bin" in line]
+
+
+def test_an_uploaded_slot_dataset_loads_and_streams(published, loaded):
+    result = value(loaded, "load_slots")
+    assert result["episodes"] == 6
+    np.testing.assert_array_equal(result["first"], value(published, "upload_slots"))
+    assert result["windows"] == [[3, 4, 16], 2 * (13 - 6 + 1)]
+
+
+def test_training_reads_from_the_hub_and_uploads_model_and_card(hub, published):
+    assert value(published, "train_and_push") == 0
+    uploaded = files(hub[0], "models", "trained")
+    assert uploaded >= {"model.safetensors", "config.json", "preprocessor_config.json", "README.md"}
+    assert uploaded >= {"training_args.json", "training_results.json"}
+    assert not [name for name in uploaded if "checkpoints" in name]
+    folder = hub[0] / "models" / "tester" / "trained"
+    commit = json.loads((folder / "refs.json").read_text())["branches"]["main"]
+    card = (folder / commit / "README.md").read_text()
+    assert "# tester/trained" in card and "`tester/slots`" in card and "tester/encoder" in card
+
+
+def test_an_uploaded_training_is_evaluated_by_its_id(loaded, hub):
+    assert value(loaded, "evaluate_trained") == 0
+    results = json.loads((hub[0].parent / "user" / "results.json").read_text())
+    assert results["model"] == "tester/trained" and results["rows"][0]["n"] == 1
+
+
+def test_the_pipeline_plans_with_a_model_of_the_hub(loaded):
+    actions = np.array(value(loaded, "plan"))
+    assert actions.shape == (4, 2) and np.abs(actions).max() <= 1
+
+
+def test_a_missing_repository_is_named(loaded):
+    messages = value(loaded, "load_missing")
+    assert set(messages) == {"slots", "model"} and all("tester/missing" in text for text in messages.values())
