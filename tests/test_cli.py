@@ -265,6 +265,21 @@ def test_damaged_weights_are_named_by_every_command(root, episodes, slots, tmp_p
     assert not any(path.is_file() for path in (tmp_path / "new").rglob("*"))
 
 
+@pytest.mark.parametrize("command", ["evaluate", "plan", "extract"])
+def test_pickled_weights_are_not_read(root, episodes, tmp_path, capsys, command):
+    def change(folder):
+        torch.save(CJepaModel.from_pretrained(folder).state_dict(), folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+
+    folder = damaged(root, tmp_path, change)
+    words = {
+        "evaluate": ["--model", folder, "--num-tasks", 1],
+        "plan": [root / "start.png", root / "goal.png", "--model", folder],
+        "extract": [episodes, "--encoder", folder, "--output-dir", tmp_path / "new"],
+    }[command]
+    assert "model.safetensors" in fails(capsys, command, *words)
+
+
 @pytest.mark.parametrize("command", ["evaluate", "demo", "plan", "extract", "train"])
 def test_a_missing_folder_is_named(root, tmp_path, capsys, command):
     missing = tmp_path / "missing"

@@ -263,12 +263,16 @@ def evaluate(arguments, _) -> None:
 
 def plan(arguments, _) -> None:
     import torch
-    from transformers import pipeline
+    from transformers import AutoImageProcessor, pipeline
 
-    import cjepa_hf  # noqa: F401  registers the pipeline
+    from cjepa_hf import CJepaModel
 
     inputs = {"start": _image(arguments.start), "goal": _image(arguments.goal)}
-    planner = pipeline("goal-planning", model=_model(arguments), device=torch.device(_device(arguments)))
+    folder, device = _model(arguments), torch.device(_device(arguments))
+    # `pipeline(model=folder)` would read pickled weights too
+    model = CJepaModel.from_pretrained(folder, use_safetensors=True)
+    processor = AutoImageProcessor.from_pretrained(folder)
+    planner = pipeline("goal-planning", model=model, image_processor=processor, device=device)
     if arguments.proprio:
         inputs["proprio"] = arguments.proprio
     result = planner(inputs, horizon=arguments.horizon, seed=arguments.seed)
