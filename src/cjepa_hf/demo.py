@@ -40,15 +40,20 @@ def run_demo(
         intervals, "counterfactual": how well the scene without the block was imagined, "files", "seconds"}.
     """
     start = time.perf_counter()
-    output = Path(output_dir)
-    output.mkdir(parents=True, exist_ok=True)
     model = CJepaModel.from_pretrained(model_folder, use_safetensors=True).eval().to(device)
     processor = AutoImageProcessor.from_pretrained(model_folder)
     protocol = load_protocol(protocol_name)
     tasks = select_tasks(protocol, num_tasks)
+    block, agent = slot_of_color(model, BLOCK_COLOR), slot_of_color(model, AGENT_COLOR)
+    if block == agent:
+        raise ValueError(
+            f"{model_folder}: slot {block} has the colors of both agent and block, so the encoder does not tell them "
+            "apart: train it longer."
+        )
+    output = Path(output_dir)
+    output.mkdir(parents=True, exist_ok=True)
 
     paths: dict[tuple[int, int], np.ndarray] = {}  # (step, task) -> [H, 2] imagined positions of the block, px
-    block = slot_of_color(model, BLOCK_COLOR)
     first_plan = {}
 
     def remember(step, states, policy):

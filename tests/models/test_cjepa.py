@@ -415,6 +415,7 @@ def test_actions_for_a_model_without_them_are_refused():
     [
         (dict(num_slot=4), "num_slots"),
         (dict(hidden_size=64), "derived"),
+        (dict(model_type="color-isa"), "color-isa"),
         (dict(slot_size=30), "num_attention_heads"),
         (dict(num_masked_slots=[2, 1]), "low <= high"),
         (dict(num_masked_slots=5), "num_slots=4"),

@@ -14,7 +14,9 @@ _FOLDER = resources.files("cjepa_hf.evaluation") / "protocols"
 
 
 def protocol_names() -> list[str]:
-    return sorted(path.name.removesuffix(".json") for path in _FOLDER.iterdir() if path.name.endswith(".json"))
+    """What [`load_protocol`] takes."""
+    frozen = [path.name.removesuffix(".json") for path in _FOLDER.iterdir() if path.name.endswith(".json")]
+    return sorted([*frozen, "pusht-25-validation"])
 
 
 def load_protocol(name: str) -> dict[str, Any]:

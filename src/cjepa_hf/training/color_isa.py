@@ -1,4 +1,4 @@
-"""Trains the color-prototype slot encoder on frames: `cjepa-hf train encoder` and examples/train_slot_encoder.py."""
+"""Trains the color-prototype slot encoder on frames: `cjepa-hf train color-isa` and examples/train_slot_encoder.py."""
 
 import json
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ class ColorIsaTrainArguments(TrainArguments):
         default=None,
         help="Folder or Hub id of a data set with a column of frames or images; default: frames of our Push-T.",
     )
-    column: str | None = HfArg(default=None, help="That column; default: the first of pixels, frames, image.")
+    column: str | None = HfArg(default=None, help="That column; default: the first of frames, images, image, pixels.")
     num_frames: int = HfArg(default=40_000, help="Frames to train on; all are held in memory, resized.")
     num_eval_frames: int = HfArg(default=2_000, help="Frames to evaluate on.")
     style: Literal["mixture", "smooth", "aliased"] = HfArg(
@@ -236,15 +236,17 @@ def dataset_frames(args: ColorIsaTrainArguments, resolution: int) -> tuple[np.nd
 
     The column holds images, encoded images, or clips of frames; single frames are taken evenly over the rows.
     """
-    from datasets import load_dataset
+    from datasets import get_dataset_split_names
 
-    splits = load_dataset(args.dataset)
+    from ..data.slots import load_split
+
+    splits = {name: load_split(args.dataset, name) for name in get_dataset_split_names(args.dataset)}
     if "train" not in splits:
         raise ValueError(f"{args.dataset} has splits {list(splits)}; expected one named train.")
     processor = ColorIsaImageProcessor(size=resolution)
 
     def read(split, count):
-        names = [args.column] if args.column else ["pixels", "frames", "image"]
+        names = [args.column] if args.column else ["frames", "images", "image", "pixels"]
         name = next((name for name in names if name in split.column_names), None)
         if name is None:
             raise ValueError(

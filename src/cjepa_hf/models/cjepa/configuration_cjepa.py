@@ -112,6 +112,8 @@ class CJepaConfig(PreTrainedConfig):
     slot_encoder_config: dict | PreTrainedConfig | None = None
 
     def __post_init__(self, **kwargs):
+        if kwargs.get("model_type", self.model_type) != self.model_type:
+            raise ValueError(f"This is the config of a {kwargs['model_type']!r} model; expected {self.model_type!r}.")
         known = {field.name for field in fields(self)}
         for key in kwargs:
             if key in _TRANSFORMERS_KEYS:
