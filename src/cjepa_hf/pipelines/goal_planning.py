@@ -11,7 +11,8 @@ from transformers import Pipeline
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 
 from cjepa_hf.models.cjepa import CJepaModel
-from cjepa_hf.planning import CEMPlanner, ICEMPlanner, MPCPolicy, MPPIPlanner, SlotGoalCost, default_planner
+from cjepa_hf.planning import CEMPlanner, ICEMPlanner, MPPIPlanner, SlotGoalCost, default_planner, default_policy
+from cjepa_hf.planning.mpc import needs_matching
 
 _PLANNERS = {"cem": CEMPlanner, "icem": ICEMPlanner, "mppi": MPPIPlanner}
 _FORWARD_PARAMETERS = (
@@ -48,7 +49,8 @@ class GoalPlanningPipeline(Pipeline):
         planner: "cem" (the paper's), "icem", "mppi", or a planner object; a small CEM without.
         num_samples, num_iterations, num_elites: change these of the planner.
         seed (0): equal seeds give equal plans.
-        match_slots (True), proprio_weight (1.0): of [`SlotGoalCost`].
+        match_slots: compare slots by optimal assignment or by their place in the set; by default assignment, unless the
+            model's slot encoder keeps roles. proprio_weight (1.0): of [`SlotGoalCost`].
         action_bounds ((-1.0, 1.0)): limits of raw actions, or None.
 
     Output: a dictionary
@@ -145,7 +147,7 @@ class GoalPlanningPipeline(Pipeline):
         num_iterations: int | None = None,
         num_elites: int | None = None,
         seed: int = 0,
-        match_slots: bool = True,
+        match_slots: bool | None = None,
         proprio_weight: float = 1.0,
         action_bounds: tuple[float, float] | None = (-1.0, 1.0),
     ) -> dict[str, Any]:
@@ -157,14 +159,19 @@ class GoalPlanningPipeline(Pipeline):
             planner = _PLANNERS[planner]()
         changes = {"num_samples": num_samples, "num_iterations": num_iterations, "num_elites": num_elites}
         planner = dataclasses.replace(planner, **{key: value for key, value in changes.items() if value is not None})
-        policy = MPCPolicy(
+        if match_slots is None:
+            match_slots = needs_matching(self.model)
+        policy = default_policy(
             self.model,
-            planner,
-            SlotGoalCost(match_slots=match_slots, proprio_weight=proprio_weight),
+            seed=seed,
+            planner=planner,
+            cost=SlotGoalCost(match_slots=match_slots, proprio_weight=proprio_weight),
+            match_slots=match_slots,
+            schedule="receding",
+            window=None,
             horizon=horizon,
             receding_horizon=horizon,
             action_bounds=action_bounds,
-            generator=torch.Generator().manual_seed(seed),
         )
         policy.reset(inputs["goal"])
         policy.act(inputs["observation"])

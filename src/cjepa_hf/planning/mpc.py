@@ -356,6 +356,11 @@ class MPCPolicy:
         return self.model.normalize_proprio(proprio).to(self.model.dtype)
 
 
+def needs_matching(model: CJepaModel) -> bool:
+    """Whether slots must be matched before they are compared: unless the slot encoder gives every object its own place."""
+    return not getattr(model.slot_encoder, "slots_keep_roles", False)
+
+
 def default_policy(
     model: CJepaModel, *, image_processor: Callable | None = None, seed: int = 0, **options
 ) -> MPCPolicy:
@@ -364,7 +369,7 @@ def default_policy(
     horizon, from one frame at a time. Slots are compared by their place in the set where the model's slot encoder keeps
     roles (`slots_keep_roles`), else by optimal assignment. `options` override arguments of [`MPCPolicy`].
     """
-    matched = not getattr(model.slot_encoder, "slots_keep_roles", False)
+    matched = needs_matching(model)
     defaults = {
         "planner": default_planner(),
         "cost": SlotGoalCost(match_slots=matched),
