@@ -450,9 +450,9 @@ class CJepaModel(CJepaPreTrainedModel):
         if not value.is_floating_point():
             raise ValueError(f"{name} has dtype {value.dtype}: expected floating point, convert it with .float().")
         # The sum is NaN or infinite if any entry is: one cheap pass instead of a full comparison.
-        if not torch.compiler.is_compiling() and not torch.isfinite(value.detach().sum()):
+        if not torch.compiler.is_compiling() and not torch.isfinite(value.detach().sum(dtype=torch.float32)):
             raise ValueError(
-                f"{name} holds NaN or infinite values (or overflows {value.dtype}): replace them after normalising "
+                f"{name} holds NaN or infinite values: replace them after normalising "
                 "(`torch.nan_to_num(x, 0.0)` puts the mean there)."
             )
         return value.to(self.dtype)
