@@ -14,6 +14,7 @@ from cjepa_hf.training.color_isa import (
     ColorIsaTrainArguments,
     FrameDataset,
     calibrate_content,
+    dataset_frames,
     main,
     scene_statistics,
     train_slot_encoder,
@@ -482,6 +483,34 @@ def test_frames_of_a_dataset_folder_are_read_from_images_and_from_clips(tmp_path
         torch.testing.assert_close(1 - model.colors.detach()[1:], colors[1:], rtol=0, atol=0.05)
     with pytest.raises(ValueError, match=r"columns.*--column"):
         main(["--dataset", str(tmp_path / "clips"), "--output_dir", str(tmp_path / "x"), "--column", "pictures"])
+
+
+def test_frames_mean_the_same_as_bytes_and_as_floats_and_other_numbers_are_refused(tmp_path):
+    from datasets import Array3D, Array4D, Dataset, Features
+
+    frames = scenes(6)[0]
+    clip = Array4D((None, 32, 32, 3), "float32")
+    kinds = {
+        "floats": (frames.reshape(3, 2, 32, 32, 3) / np.float32(255), clip),
+        "images": (frames, Array3D((32, 32, 3), "uint8")),
+        "wide": (frames.reshape(3, 2, 32, 32, 3) * np.float32(1), clip),
+        "large": (frames.reshape(3, 2, 32, 32, 3) * np.int32(4), Array4D((None, 32, 32, 3), "int32")),
+    }
+    for name, (values, feature) in kinds.items():
+        (tmp_path / name / "data").mkdir(parents=True)
+        dataset = Dataset.from_dict({"frames": values}, features=Features({"frames": feature}))
+        dataset.to_parquet(tmp_path / name / "data" / "train-00000-of-00001.parquet")
+
+    def read(name):
+        arguments = ColorIsaTrainArguments(output_dir="x", dataset=str(tmp_path / name), num_frames=5)
+        return np.concatenate(dataset_frames(arguments, 32))
+
+    for name in ("floats", "images"):
+        np.testing.assert_array_equal(read(name), frames)
+    with pytest.raises(ValueError, match=r"floats must be in \[0, 1\]"):
+        read("wide")
+    with pytest.raises(ValueError, match="expected 0 to 255"):
+        read("large")
 
 
 def test_the_example_runs_the_training_script(monkeypatch, capsys):

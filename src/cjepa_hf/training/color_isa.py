@@ -255,16 +255,18 @@ def dataset_frames(args: ColorIsaTrainArguments, resolution: int) -> tuple[np.nd
             )
         per_row = -(-count // len(split))
         rows = np.unique(np.linspace(0, len(split) - 1, min(count, len(split))).astype(int))
-        frames = []
+        split, frames = split.select_columns([name]).with_format("numpy"), []
         for row in rows.tolist():
-            value = split[row][name]
-            clip = value if isinstance(value, list) else np.asarray(value)
-            if isinstance(clip, np.ndarray) and clip.ndim == 3:
+            clip = split[row][name]
+            if clip.ndim == 3:
                 clip = clip[None]
             chosen = np.unique(np.linspace(0, len(clip) - 1, min(per_row, len(clip))).astype(int))
-            images = [np.asarray(clip[i], dtype=np.uint8) for i in chosen]
-            pixels = processor(images, return_tensors="np")["pixel_values"]
-            frames.append(np.rint(pixels * 255).astype(np.uint8).transpose(0, 2, 3, 1))
+            images = [_bytes_or_floats(clip[i], f"{args.dataset}, column {name!r}, row {row}") for i in chosen]
+            if images:
+                pixels = processor(images, return_tensors="np")["pixel_values"]
+                frames.append(np.rint(pixels * 255).astype(np.uint8).transpose(0, 2, 3, 1))
+        if not frames:
+            raise ValueError(f"{args.dataset} has no frame in column {name!r}: every row is empty.")
         return np.concatenate(frames)[:count]
 
     if "validation" in splits:
@@ -277,6 +279,15 @@ def dataset_frames(args: ColorIsaTrainArguments, resolution: int) -> tuple[np.nd
         read(rows.select(range(len(rows) - held_out)), args.num_frames),
         read(rows.select(range(len(rows) - held_out, len(rows))), args.num_eval_frames),
     )
+
+
+def _bytes_or_floats(image: np.ndarray, place: str) -> np.ndarray:
+    """`image` with integers as uint8 (the numpy format of `datasets` widens them); others as they are."""
+    if not np.issubdtype(image.dtype, np.integer):
+        return image
+    if image.size and not (image.min() >= 0 and image.max() <= 255):
+        raise ValueError(f"{place}: numbers from {image.min()} to {image.max()}; expected 0 to 255.")
+    return image.astype(np.uint8)
 
 
 if __name__ == "__main__":
