@@ -160,6 +160,16 @@ def test_an_interrupted_training_continues_to_the_same_weights(folder, tmp_path,
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
+def test_a_finished_run_is_not_relabelled_as_another(folder, tmp_path):
+    """With equal weights and another configuration the folder would say what was never trained."""
+    main(command(folder, tmp_path, "--max_steps", "2"))
+    for change in (["--num_masked_slots", "0"], ["--slot_noise", "0.5"], ["--history_crop_probability", "0.5"]):
+        with pytest.raises(ValueError, match=rf"{change[0].strip('-')}=.* would not continue it"):
+            main(command(folder, tmp_path, "--max_steps", "2", *change))
+    assert CJepaModel.from_pretrained(tmp_path).config.num_masked_slots == 1
+    assert main(command(folder, tmp_path, "--max_steps", "3", "--learning_rate", "1e-4")).step == 3
+
+
 def test_a_streamed_dataset_trains_to_the_same_statistics(folder, tmp_path):
     main(command(folder, tmp_path, "--streaming", "--shuffle_buffer", "50"))
     model = CJepaModel.from_pretrained(tmp_path)
@@ -204,6 +214,14 @@ def test_an_encoder_with_other_weights_than_the_one_that_made_the_slots_is_refus
     main(command(tmp_path / "slots", tmp_path / "a", *words, str(tmp_path / "maker")))
     with pytest.raises(ValueError, match="other weights"):
         main(command(tmp_path / "slots", tmp_path / "b", *words, str(tmp_path / "other")))
+    # nor is one that hides in the model that training starts from
+    splits = {"train": map(episode, range(4)), "validation": map(episode, range(4, 6))}
+    description = _open_encoder(tmp_path / "other", None, None, None)[2]
+    write_slot_dataset(tmp_path / "others_slots", splits, frame_skip=2, encoder=description)
+    start = ("--max_steps", "1", "--init_model", str(tmp_path / "a"))
+    main(command(tmp_path / "slots", tmp_path / "c", *start))
+    with pytest.raises(ValueError, match="other weights"):
+        main(command(tmp_path / "others_slots", tmp_path / "d", *start))
 
 
 def test_the_example_trains(folder, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
@@ -21,6 +21,9 @@ class TrainArguments:
 
     Raises `ValueError` for a value out of range or of the wrong type.
     """
+
+    # a run that resumes with another value of one of these would not be the run that its arguments tell of
+    fixed_on_resume: ClassVar = ("seed", "batch_size", "optimizer")
 
     # > Parameters that control where the run lives
     output_dir: str = HfArg(help="Folder of the run: checkpoints/, log.jsonl and, at the end, the trained model.")

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, make_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from huggingface_hub import ModelCardData
@@ -35,6 +35,14 @@ from .trainer import (
 @dataclass(kw_only=True)
 class CJepaTrainArguments(TrainArguments):
     """Arguments of the world-model training beside [`TrainArguments`] and the fields of [`CJepaConfig`]."""
+
+    fixed_on_resume: ClassVar = (
+        *TrainArguments.fixed_on_resume,
+        "train_split",
+        "init_model",
+        "history_crop_probability",
+        "slot_noise",
+    )
 
     # > Parameters that control the data
     dataset: str = HfArg(help="Slot dataset: a folder, or the id of a dataset repository on the Hub.")
@@ -238,12 +246,6 @@ def build_model(
                     f"the slot encoder {args.slot_encoder} has {name}={getattr(encoder.config, name)}, {dataset.name} "
                     f"has {sizes[name]}: pass the encoder that made the dataset"
                 )
-        made_by = (dataset.metadata.get("encoder") or {}).get("weights_hash")
-        if made_by not in (None, _weights_hash(encoder)):
-            raise ValueError(
-                f"the slots of {dataset.name} were made by an encoder with other weights than {args.slot_encoder} has: "
-                f"pass the one that made them, or extract the dataset again"
-            )
         fields["slot_encoder_config"] = encoder.config
     config = CJepaConfig(**fields)
     if args.init_model:
@@ -252,10 +254,17 @@ def build_model(
         model = CJepaModel(config)
     if encoder is not None:
         model.slot_encoder = encoder
-    if model.slot_encoder is not None:
-        model.slot_encoder.requires_grad_(False)
-        return model, AutoImageProcessor.from_pretrained(args.slot_encoder or args.init_model)
-    return model, None
+    if model.slot_encoder is None:
+        return model, None
+    place = args.slot_encoder or args.init_model
+    made_by = (dataset.metadata.get("encoder") or {}).get("weights_hash")
+    if made_by not in (None, _weights_hash(model.slot_encoder)):
+        raise ValueError(
+            f"the slots of {dataset.name} were made by an encoder with other weights than that of {place}: pass the "
+            f"one that made them as --slot_encoder, or extract the dataset again"
+        )
+    model.slot_encoder.requires_grad_(False)
+    return model, AutoImageProcessor.from_pretrained(place)
 
 
 def main(argv: Sequence[str] | None = None) -> TrainResult:

@@ -710,14 +710,16 @@ def _save_checkpoint(folder, state, model, optimizers, ema, running, limit) -> N
 
 def _load_checkpoint(folder, model, optimizers, ema, args, data_length) -> tuple[dict, dict[str, Tensor]]:
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    expected = {"data_length": data_length}
-    for name in ("seed", "batch_size", "optimizer"):
-        expected[name] = getattr(args, name)
+    before = {"data_length": state["data_length"], **state["arguments"]}
+    expected = {"data_length": data_length} | {name: getattr(args, name) for name in args.fixed_on_resume}
+    config = getattr(model, "config", None)
+    if hasattr(config, "from_pretrained"):  # of equal weights, a configuration may still mask or predict otherwise
+        before |= {f"config.{name}": value for name, value in _own_fields(config.from_pretrained(folder)).items()}
+        expected |= {f"config.{name}": value for name, value in _own_fields(config).items()}
     for name, now in expected.items():
-        before = state["arguments"].get(name, state.get(name))
-        if before != now:
+        if name in before and before[name] != now:
             raise ValueError(
-                f"{folder} was trained with {name}={before!r}, this run has {now!r}, and would not continue it: use "
+                f"{folder} was trained with {name}={before[name]!r}, this run has {now!r}, and would not continue it: use "
                 f"the same, or another --output_dir"
             )
     if bool(state["arguments"]["ema_decay"]) != (ema is not None):
@@ -740,6 +742,12 @@ def _load_checkpoint(folder, model, optimizers, ema, args, data_length) -> tuple
     except (RuntimeError, ValueError, KeyError) as error:
         raise ValueError(f"{folder} is a checkpoint of another model: {error}") from error
     return state, saved["running"]
+
+
+def _own_fields(config) -> dict[str, Any]:
+    """The fields that a model's configuration class declares itself, as JSON values; nested configurations left out."""
+    names = [name for name in type(config).__annotations__ if name != "model_type" and not name.endswith("_config")]
+    return json.loads(json.dumps({name: getattr(config, name) for name in names}))
 
 
 def _choose_checkpoint(folder: Path, args: TrainArguments, accelerator: Accelerator) -> Path | None:
