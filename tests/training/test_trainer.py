@@ -344,6 +344,25 @@ def test_learning_rate_warms_up_and_falls_to_zero(tmp_path):
     assert {learning_rate_factor(step, constant) for step in range(9, 100)} == {1.0}
 
 
+def test_gradients_are_clipped_to_the_global_norm_asked_for_and_logged_as_they_were(tmp_path, monkeypatch):
+    real, norms = trainer.make_optimizers, []
+
+    def recording(model, *args):
+        optimizers = real(model, *args)
+        gradients = [p for p in model.parameters() if p.requires_grad]
+        optimizers[0].register_step_pre_hook(
+            lambda *_: norms.append(torch.nn.utils.get_total_norm([p.grad for p in gradients]).item())
+        )
+        return optimizers
+
+    monkeypatch.setattr(trainer, "make_optimizers", recording)
+    for name, clip in (("off", 0.0), ("on", 0.01)):
+        run(tmp_path / name, gradient_clip=clip, max_steps=2, log_every=1)
+    logged = [[line["gradient_norm"] for line in curve(tmp_path / x) if "loss" in line] for x in ("off", "on")]
+    assert logged[0][0] == logged[1][0] > 0.02
+    assert norms == pytest.approx([*logged[0], 0.01, 0.01], rel=1e-3)
+
+
 def test_muon_takes_the_matrices_of_the_layer_stack_and_adamw_the_rest(tmp_path):
     model = Net()
     muon, adamw = make_optimizers(model, arguments(tmp_path, optimizer="muon"), {"head": 1e-4})
