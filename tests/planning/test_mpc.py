@@ -100,6 +100,8 @@ def test_shrinking_horizons_aim_at_one_moment_and_start_again():
 
     def recorded(cost_fn, **kwargs):
         horizons.append((kwargs["horizon"], kwargs["initial"] is not None))
+        if kwargs["initial"] is not None:  # what the plan before left to do, without the block just executed
+            assert torch.equal(kwargs["initial"], policy.last_plan.actions[:, 1:])
         return plan_with_info(cost_fn, **kwargs)
 
     policy.planner.plan_with_info = recorded
