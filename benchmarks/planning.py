@@ -87,7 +87,7 @@ def main() -> None:
         result["plans"] = {"model": args.model, "model_dtype": str(model.dtype), "tasks": args.tasks, "planners": {}}
         kinds = {
             "paper": (CEMPlanner(), (5,), {"match_slots": True}),
-            "default": (default_planner(), (5, 4, 3, 2, 1), {"match_slots": False, "window": 1}),
+            "default": (default_planner(), (5, 4, 3, 2, 1), {"match_slots": False}),
         }
         for name, (planner, horizons, options) in kinds.items():
             rows = []

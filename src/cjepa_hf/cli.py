@@ -48,6 +48,8 @@ def _explanation(error: Exception) -> str | None:
     if isinstance(error, DatasetsError) and error.__cause__ is not None:
         text = f"{text} ({' '.join(str(error.__cause__).split())})"
     known = ValueError, OSError, DatasetsError
+    if isinstance(error, ImportError) and "cjepa-hf[" in text:  # an extra that is not installed
+        return text
     return text if isinstance(error, known) or isinstance(error.__cause__, BrokenProcessPool) else None
 
 

@@ -50,6 +50,11 @@ def run_demo(
             f"{model_folder}: slot {block} has the colors of both agent and block, so the encoder does not tell them "
             "apart: train it longer."
         )
+    if model.config.proprio_size != len(PROPRIO_INDICES):
+        raise ValueError(
+            f"{model_folder} takes proprioception of size {model.config.proprio_size}; the demo compares planning with and "
+            f"without it and needs a model trained with {len(PROPRIO_INDICES)} numbers. Use `cjepa-hf evaluate`."
+        )
     output = Path(output_dir)
     output.mkdir(parents=True, exist_ok=True)
 
@@ -60,7 +65,7 @@ def run_demo(
         imagined = policy.imagine()
         positions = model.slot_encoder.positions(imagined)[..., block, :].float().cpu().numpy()
         for row, task in enumerate(policy.last_plan.tasks.tolist()):
-            paths[step, task] = np.concatenate([states[task, None, 2:4] * np.nan, positions[row]])
+            paths[step, task] = positions[row]
         if not first_plan:
             first_plan.update(state=states[0].copy(), actions=policy.last_plan.actions[0].clone())
 
@@ -128,7 +133,7 @@ def write_gif(path: Path, results: PushTResults, tasks: dict[str, np.ndarray], p
                 current[task] = paths.get((planned, task), current[task])
             frame = np.concatenate([shown[task], goals[task]], axis=1)
             if current[task] is not None and step < results.steps[task]:
-                points = current[task][np.isfinite(current[task]).all(-1)] * scale * 8
+                points = current[task] * scale * 8
                 cv2.polylines(frame, [points.round().astype(np.int32)], False, _PATH_COLOR, 2, cv2.LINE_AA, 3)
                 for point in points.round().astype(int):
                     cv2.circle(frame, tuple(int(v) for v in point), 16, _PATH_COLOR, -1, cv2.LINE_AA, 3)

@@ -53,6 +53,8 @@ def test_foreground_ari_does_not_see_the_background():
     true = np.array([[[0, 0, 1, 1], [0, 0, 2, 2]]])
     predicted = np.array([[[5, 6, 7, 7], [8, 9, 3, 3]]])
     assert foreground_ari(true, predicted) == 1.0
+    wrong = np.array([[[5, 6, 7, 3], [8, 9, 3, 7]]])
+    assert foreground_ari(true, wrong) == foreground_ari(true[0], wrong[0]) == pytest.approx(-0.5)
     with pytest.raises(ValueError, match="foreground"):
         foreground_ari(np.zeros((1, 2, 2), int), np.zeros((1, 2, 2), int))
 

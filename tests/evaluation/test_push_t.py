@@ -93,7 +93,11 @@ def test_policies_are_named_by_what_they_do():
     assert (planner.num_samples, planner.num_iterations, planner.num_elites) == (100, 10, 15)
     assert policy.schedule == "receding" and policy.rollout_options["window"] == 2
     paper = make_policy(model, "paper")
-    assert (paper.planner.num_iterations, paper.schedule, paper.rollout_options["window"]) == (30, "receding", None)
+    assert (paper.planner.num_iterations, paper.schedule, paper.rollout_options["match_slots"]) == (
+        30,
+        "receding",
+        True,
+    )
     assert make_policy(model, "default").schedule == "shrinking"
     for wrong in ("cem:100", "default/sometimes", "best"):
         with pytest.raises(ValueError, match=wrong.split("/")[-1]):

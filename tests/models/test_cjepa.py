@@ -316,6 +316,16 @@ def test_parameters_missing_from_a_checkpoint_are_initialised_not_left_as_memory
     assert (again.predictor.age_embedding == 0).all() and again.action_mean.isnan().all()
 
 
+def test_pickled_weights_are_not_read(tmp_path):
+    model = tiny()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    for loader in (CJepaModel, AutoModel):
+        with pytest.raises(OSError, match="safetensors"):
+            loader.from_pretrained(tmp_path)
+
+
 def test_gradient_checkpointing_gives_the_same_gradients():
     inputs = window() | targets()
     grads = []
@@ -420,6 +430,7 @@ def test_actions_for_a_model_without_them_are_refused():
         (dict(num_masked_slots=[2, 1]), "low <= high"),
         (dict(num_masked_slots=5), "num_slots=4"),
         (dict(mask_probability=1.5), "mask_probability"),
+        (dict(visible_prefix=3), "nothing to hide"),
         (dict(action_size=10, action_embedding_size=10), "concat"),
     ],
 )

@@ -87,7 +87,7 @@ def adjusted_rand_index(true: np.ndarray, predicted: np.ndarray) -> float:
 
 def foreground_ari(true: np.ndarray, predicted: np.ndarray, background: int = 0) -> float:
     """Mean over frames of the adjusted Rand index on the pixels that are not background; int [F, H, W] (or [H, W])."""
-    true, predicted = np.atleast_3d(true), np.atleast_3d(predicted)
+    true, predicted = (x[None] if x.ndim == 2 else x for x in (np.asarray(true), np.asarray(predicted)))
     if true.shape != predicted.shape:
         raise ValueError(f"segments {true.shape} and masks {predicted.shape} must have the same shape.")
     scores = [

@@ -26,8 +26,8 @@ class PushTResults:
     What a policy did on n tasks.
 
     success: bool [n], at any step. steps: int [n] taken. position_error px, angle_error rad: [n] at the last step.
-    plans: int [n]. seconds_per_plan: planning time, image encoding included, over all plans of all tasks (0 without
-    plans). bins: str [n]. states: [n, budget + 1, 7], the last one repeated after a task has ended.
+    plans: int [n]. seconds_per_plan: planning time, current images encoded, over all plans (tasks plan together;
+    0 without plans). bins: str [n]. states: [n, budget + 1, 7], the last one repeated after a task has ended.
     """
 
     success: np.ndarray

@@ -12,7 +12,7 @@ from transformers import AutoImageProcessor
 import cjepa_hf
 from cjepa_hf.evaluation.metrics import success_rate
 from cjepa_hf.evaluation.protocols import load_protocol
-from cjepa_hf.evaluation.push_t import run_baseline, run_policy, simulator_policy
+from cjepa_hf.evaluation.push_t import run_baseline, run_policy, select_tasks, simulator_policy
 from cjepa_hf.models.cjepa import CJepaModel
 from cjepa_hf.planning.costs import SlotGoalCost
 from cjepa_hf.planning.mpc import MPCPolicy, default_policy
@@ -29,7 +29,7 @@ def make_policy(model: CJepaModel, text: str, *, image_processor=None, seed: int
     options: dict[str, Any] = {}
     if name == "paper":
         options = {"planner": CEMPlanner(), "cost": SlotGoalCost(), "schedule": "receding"}
-        options |= {"window": None, "match_slots": True}
+        options["match_slots"] = True
     elif name != "default":
         match = re.fullmatch(r"cem:(\d+)x(\d+):(\d+)", name)
         if match is None:
@@ -77,6 +77,13 @@ def evaluate_push_t(
     frozen = load_protocol(protocol)
     net = CJepaModel.from_pretrained(model, use_safetensors=True).eval().to(device)
     processor = AutoImageProcessor.from_pretrained(model)
+    # whatever is wrong with the arguments is said before the work begins
+    for count in (num_tasks, simulator_tasks):
+        select_tasks(frozen, count)
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds={list(seeds)} names a seed twice.")
+    for text in planners:
+        make_policy(net, text)
     rows = []
 
     def add(name, seed, results):

@@ -168,7 +168,6 @@ class GoalPlanningPipeline(Pipeline):
             cost=SlotGoalCost(match_slots=match_slots, proprio_weight=proprio_weight),
             match_slots=match_slots,
             schedule="receding",
-            window=None,
             horizon=horizon,
             receding_horizon=horizon,
             action_bounds=action_bounds,

@@ -366,7 +366,7 @@ def default_policy(
 ) -> MPCPolicy:
     """
     The policy of `cjepa-hf demo` and `cjepa-hf evaluate`: a short CEM, planned again after every block with a shrinking
-    horizon, from one frame at a time. Slots are compared by their place in the set where the model's slot encoder keeps
+    horizon. Slots are compared by their place in the set where the model's slot encoder keeps
     roles (`slots_keep_roles`), else by optimal assignment. `options` override arguments of [`MPCPolicy`].
     """
     matched = needs_matching(model)
@@ -374,7 +374,6 @@ def default_policy(
         "planner": default_planner(),
         "cost": SlotGoalCost(match_slots=matched),
         "schedule": "shrinking",
-        "window": 1,
         "match_slots": matched,
         "generator": torch.Generator().manual_seed(seed),
     }

@@ -139,6 +139,13 @@ class CJepaConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self._check_fields()
 
+    def to_dict(self):
+        """As transformers', without the place the slot encoder was loaded from: it means nothing elsewhere."""
+        values = super().to_dict()
+        if isinstance(values.get("slot_encoder_config"), dict):
+            values["slot_encoder_config"].pop("_name_or_path", None)
+        return values
+
     @property
     def hidden_size(self) -> int:
         """Width of the predictor: slot_size, or with "concat" slot_size plus the embeddings that are in use."""
@@ -190,6 +197,11 @@ class CJepaConfig(PreTrainedConfig):
         if not 0 <= low <= high <= self.num_slots:
             raise ValueError(
                 f"num_masked_slots={self.num_masked_slots} must satisfy 0 <= low <= high <= num_slots={self.num_slots}."
+            )
+        if high and self.visible_prefix >= self.history_length > 1:
+            raise ValueError(
+                f"visible_prefix={self.visible_prefix} leaves nothing to hide in history_length={self.history_length} "
+                "frames: lower it, or set num_masked_slots=0."
             )
         if not 0.0 <= self.mask_probability <= 1.0:
             raise ValueError(f"mask_probability={self.mask_probability} must lie in [0, 1].")

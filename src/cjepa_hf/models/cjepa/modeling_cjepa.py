@@ -371,6 +371,11 @@ class CJepaPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _can_record_outputs = {"hidden_states": CJepaLayer, "attentions": CJepaAttention}
 
+    @classmethod
+    def from_pretrained(cls, *args, use_safetensors: bool | None = True, **kwargs):
+        """As transformers', from safetensors alone: pickled weights are refused unless `use_safetensors=False`."""
+        return super().from_pretrained(*args, use_safetensors=use_safetensors, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)

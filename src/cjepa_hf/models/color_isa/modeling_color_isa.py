@@ -302,6 +302,11 @@ class ColorIsaPreTrainedModel(PreTrainedModel):
     memoryless = True  # a frame's slots depend on that frame alone
     slots_keep_roles = True  # slot k is the object of color prototype k in every frame: no matching is needed
 
+    @classmethod
+    def from_pretrained(cls, *args, use_safetensors: bool | None = True, **kwargs):
+        """As transformers', from safetensors alone: pickled weights are refused unless `use_safetensors=False`."""
+        return super().from_pretrained(*args, use_safetensors=use_safetensors, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module):
         if isinstance(module, nn.Linear | nn.Conv2d):
