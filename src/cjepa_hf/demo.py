@@ -19,6 +19,8 @@ from cjepa_hf.simulators.rendering import AGENT_COLOR, BLOCK_COLOR, TABLE_SIZE, 
 
 _CELL = 120  # px of one frame in the GIF
 _PATH_COLOR = (214, 39, 40)
+_REACHED_COLOR = (44, 140, 60)
+_RUNNING_COLOR = (120, 120, 120)
 
 
 def run_demo(
@@ -138,7 +140,7 @@ def write_gif(path: Path, results: PushTResults, tasks: dict[str, np.ndarray], p
                 for point in points.round().astype(int):
                     cv2.circle(frame, tuple(int(v) for v in point), 16, _PATH_COLOR, -1, cv2.LINE_AA, 3)
             ended = step >= results.steps[task]
-            color = (120, 120, 120) if not ended else (44, 140, 60) if results.success[task] else _PATH_COLOR
+            color = _RUNNING_COLOR if not ended else _REACHED_COLOR if results.success[task] else _PATH_COLOR
             frame[:, _CELL - 1 : _CELL + 1] = 230
             header = np.full((18, frame.shape[1], 3), 255, np.uint8)
             state = "reached" if ended and results.success[task] else "not reached" if ended else f"step {step}"
@@ -156,7 +158,12 @@ def write_gif(path: Path, results: PushTResults, tasks: dict[str, np.ndarray], p
 def save_gif(path: Path, frames: list[np.ndarray], milliseconds: int = 160) -> None:
     """Frames uint8 [H, W, 3] as a GIF with one palette, the last frame held; whole or not at all."""
     images = [Image.fromarray(frame) for frame in frames]
-    palette = images[len(images) // 2].quantize(64)
+    # one palette for all frames, so that still parts do not flicker; the named colors are too rare to be found
+    named = np.array([[_PATH_COLOR, _REACHED_COLOR, _RUNNING_COLOR]], np.uint8).repeat(4000, axis=1)
+    sample = np.concatenate(
+        [frame.reshape(1, -1, 3) for frame in frames[:: max(len(frames) // 4, 1)]] + [named], axis=1
+    )
+    palette = Image.fromarray(sample).quantize(128)
     images = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
     durations = [milliseconds] * (len(images) - 1) + [2000]
     temporary = path.with_name(path.name + ".tmp")
