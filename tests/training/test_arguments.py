@@ -1,5 +1,6 @@
 """Arguments: file and command line, unknown names, wrong values."""
 
+import dataclasses
 import json
 
 import pytest
@@ -69,5 +70,5 @@ def test_help_explains_every_argument(capsys):
     with pytest.raises(SystemExit):
         parse_arguments(TrainArguments, ["--help"])
     text = capsys.readouterr().out
-    for name in TrainArguments.__dataclass_fields__:
-        assert f"--{name}" in text
+    for field in dataclasses.fields(TrainArguments):
+        assert f"--{field.name}" in text
