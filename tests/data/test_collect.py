@@ -191,7 +191,7 @@ def test_kill_9_then_resume_with_other_workers_gives_the_same_bytes(tmp_path):
     script, folder = tmp_path / "script.py", tmp_path / "push_t"
     script.write_text(SCRIPT)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    # a session of its own, so that its workers can be found again
+    # a process group of its own, so that its workers can be found again
     command = [sys.executable, script, folder, Path(cjepa_hf.__file__).parent]
     process = subprocess.Popen(command, env=environment, start_new_session=True)
     working, deadline = folder / ".collecting" / "data", time.monotonic() + 120
