@@ -183,6 +183,9 @@ def test_history_loss_counts_hidden_tokens_and_optionally_the_anchor():
         expected = sum(x.mean() for x in first) / 3  # the third sample hides nothing
         torch.testing.assert_close(output.history_loss, expected)
         torch.testing.assert_close(output.loss, output.future_loss + output.history_loss + output.proprio_loss)
+        model.config.history_loss_weight = 0.25
+        weighted = model(**inputs, slot_mask=mask)
+        torch.testing.assert_close(weighted.loss, output.loss - 0.75 * output.history_loss)
 
 
 def test_huber_equals_mse_for_small_errors_and_grows_linearly_for_large_ones():

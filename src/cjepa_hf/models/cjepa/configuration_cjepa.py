@@ -8,6 +8,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
 # Keys that transformers itself writes or passes beside the declared fields.
+# (The same list stands in every model's folder: a folder is exported alone, with its code.)
 _TRANSFORMERS_KEYS = {
     "model_type",
     "name_or_path",
