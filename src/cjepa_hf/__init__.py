@@ -6,8 +6,9 @@ Importing the package registers its models with the transformers AutoClasses, it
 
 import importlib
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor
 
+from .models.aloe import AloeConfig, AloeForVideoQuestionAnswering, AloeProcessor
 from .models.cjepa import CJepaConfig, CJepaModel, CJepaOutput, CJepaRolloutOutput
 from .models.color_isa import ColorIsaConfig, ColorIsaImageProcessor, ColorIsaModel
 from .pipelines import register_pipelines
@@ -20,6 +21,9 @@ AutoModel.register(CJepaConfig, CJepaModel)
 AutoConfig.register("color-isa", ColorIsaConfig)
 AutoModel.register(ColorIsaConfig, ColorIsaModel)
 AutoImageProcessor.register(ColorIsaConfig, ColorIsaImageProcessor)
+AutoConfig.register("aloe", AloeConfig)
+AutoModel.register(AloeConfig, AloeForVideoQuestionAnswering)
+AutoProcessor.register(AloeConfig, AloeProcessor)
 register_pipelines()
 register_envs()
 
@@ -33,6 +37,9 @@ def __getattr__(name):
 
 
 __all__ = [
+    "AloeConfig",
+    "AloeForVideoQuestionAnswering",
+    "AloeProcessor",
     "CJepaConfig",
     "CJepaModel",
     "CJepaOutput",

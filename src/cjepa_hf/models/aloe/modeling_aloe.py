@@ -1,0 +1,327 @@
+"""ALOE: attention over the slots of a video and the words of a question (Ding et al. 2021, arXiv 2012.08508), in the
+form that C-JEPA evaluates on CLEVRER.
+
+Axes are named once: V videos, T frames, N slots, D slot size, S text sequences (one per descriptive question, one per
+option of a multiple-choice question), L text tokens, A answers, H heads.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import ModelOutput
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_aloe import AloeConfig
+
+
+@dataclass
+class AloeOutput(ModelOutput):
+    """
+    Output of [`AloeForVideoQuestionAnswering`].
+
+    Args:
+        loss (`torch.Tensor` of shape `()`, *optional*, returned with `labels`): answer_loss + option_loss.
+        answer_loss (`torch.Tensor` of shape `()`, *optional*): Cross entropy, the mean over descriptive questions.
+        option_loss (`torch.Tensor` of shape `()`, *optional*): Binary cross entropy, the mean over options.
+        answer_logits (`torch.Tensor` of shape `(S, A)`): Of every answer; means something where not `is_option`.
+        option_logits (`torch.Tensor` of shape `(S,)`): Above 0: the option is correct; where `is_option`.
+        hidden_states (`tuple(torch.Tensor)`, *optional*): Input of every layer, `(S, 1 + T * N + L, hidden_size)`, and
+            the output of the last, `(S, 1, hidden_size)`: only its first token is read.
+        attentions (`tuple(torch.Tensor)`, *optional*): Per layer `(S, H, 1 + T * N + L, 1 + T * N + L)`; the last has
+            one row, that of the first token. Order: first token, slots (time-major), text.
+    """
+
+    loss: torch.Tensor | None = None
+    answer_loss: torch.Tensor | None = None
+    option_loss: torch.Tensor | None = None
+    answer_logits: torch.Tensor | None = None
+    option_logits: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+def question_losses(
+    answer_logits: torch.Tensor, option_logits: torch.Tensor, labels: torch.Tensor, is_option: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Mean cross entropy over the descriptive questions and mean binary cross entropy over the options; a part without
+    labels is 0.
+
+    Args:
+        answer_logits (`torch.Tensor` of shape `(S, A)`), option_logits (`torch.Tensor` of shape `(S,)`).
+        labels (`torch.LongTensor` of shape `(S,)`): An answer, or 0 or 1 for an option; negative: unknown, left out.
+        is_option (`torch.BoolTensor` of shape `(S,)`).
+    """
+    known = labels >= 0
+    answers, options = known & ~is_option, known & is_option
+    answer = F.cross_entropy(answer_logits.float(), labels.where(answers, 0), reduction="none")
+    option = F.binary_cross_entropy_with_logits(
+        option_logits.float(), labels.where(options, 0).float(), reduction="none"
+    )
+    # sums divided by counts: no data-dependent shapes, and both heads take part in every backward
+    return (
+        (answer * answers).sum() / answers.sum().clamp(min=1),
+        (option * options).sum() / options.sum().clamp(min=1),
+    )
+
+
+def fast_dropout(x: torch.Tensor, p: float, training: bool) -> torch.Tensor:
+    """Dropout; on a CPU decided by 16-bit numbers, about ten times as fast as PyTorch's Bernoulli draws."""
+    if not training or p == 0.0:
+        return x
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return F.dropout(x, p, training)
+    bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+    kept = bits.view(torch.int16)[: x.numel()].view(x.shape) >= round(p * 2**16) - 2**15
+    return x * (kept.to(x.dtype) / (1 - p))
+
+
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """Attention that also returns its weights; query, key, value are [S, H, tokens, head_dim], the mask is bool."""
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+    scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = fast_dropout(weights, dropout, module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class AloeAttention(nn.Module):
+    """Multi-head attention over all tokens."""
+
+    def __init__(self, config: AloeConfig):
+        super().__init__()
+        self.config = config
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = False
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor, mask: torch.Tensor, first_only: bool = False):
+        batch, _, size = hidden_states.shape
+        if first_only:
+            weight, bias = self.qkv.weight, self.qkv.bias
+            query = F.linear(hidden_states[:, :1], weight[:size], bias[:size])
+            key, value = F.linear(hidden_states, weight[size:], bias[size:]).chunk(2, dim=-1)
+        else:
+            query, key, value = self.qkv(hidden_states).chunk(3, dim=-1)
+        query, key, value = (x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x in (query, key, value))
+        dropout = self.config.attention_dropout if self.training else 0.0
+        implementation = self.config._attn_implementation
+        if implementation == "sdpa" and dropout and hidden_states.device.type == "cpu":
+            attention = eager_attention_forward  # on a CPU the fused kernel has no dropout
+        else:
+            attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        output, weights = attention(
+            self, query, key, value, mask, dropout=dropout, scaling=self.scaling, is_causal=False
+        )
+        return self.out_proj(output.reshape(batch, -1, size)), weights
+
+
+class AloeLayer(GradientCheckpointingLayer):
+    """x + attention(norm(x)), then x + mlp(norm(x)), with ReLU."""
+
+    def __init__(self, config: AloeConfig):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = AloeAttention(config)
+        self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.dropout = config.hidden_dropout
+
+    def forward(self, hidden_states: torch.Tensor, mask: torch.Tensor, first_only: bool = False) -> torch.Tensor:
+        attended, _ = self.attention(self.norm1(hidden_states), mask, first_only)
+        if first_only:
+            hidden_states = hidden_states[:, :1]
+        hidden_states = hidden_states + fast_dropout(attended, self.dropout, self.training)
+        changed = fast_dropout(F.relu(self.fc1(self.norm2(hidden_states))), self.dropout, self.training)
+        return hidden_states + fast_dropout(self.fc2(changed), self.dropout, self.training)
+
+
+class AloeHead(nn.Module):
+    def __init__(self, config: AloeConfig, size: int):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.answer_hidden_size)
+        self.fc2 = nn.Linear(config.answer_hidden_size, size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fc2(F.relu(self.fc1(hidden_states)))
+
+
+class AloeForVideoQuestionAnswering(PreTrainedModel):
+    """
+    Answers questions about a video from its slots. One transformer reads a learned first token, the slots of all frames
+    and the words; two heads read the first token: one scores the answers of a descriptive question, the other whether
+    an option of a multiple-choice question is correct. An option is judged alone, so a question may have any number.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from cjepa_hf import AloeConfig, AloeForVideoQuestionAnswering, AloeProcessor
+
+    >>> model = AloeForVideoQuestionAnswering(AloeConfig(num_hidden_layers=2)).eval()
+    >>> processor = AloeProcessor()
+    >>> inputs = processor(
+    ...     torch.randn(128, 7, 128),
+    ...     ["How many collisions happen?", "What will happen next?"],
+    ...     options=[None, ["The red cube collides with the sphere", "The cube and the sphere collide"]],
+    ...     question_types=["descriptive", "predictive"],
+    ... )
+    >>> answers = processor.post_process_answers(model(**inputs), inputs)
+    >>> len(answers), len(answers[1]["options"])
+    (2, 2)
+
+    ```
+    """
+
+    config: AloeConfig
+    base_model_prefix = "aloe"
+    main_input_name = "slots"
+    _no_split_modules = ["AloeLayer"]
+    _supports_sdpa = True
+    _can_compile_fullgraph = True
+    supports_gradient_checkpointing = True
+    _can_record_outputs = {"hidden_states": AloeLayer, "attentions": AloeAttention}
+
+    def __init__(self, config: AloeConfig):
+        super().__init__(config)
+        size = config.hidden_size
+        # Constant flags are appended before the projections: to a slot (not text, vision), to a word (part of the
+        # question or of what is asked about it; text, not vision).
+        self.slot_projection = nn.Linear(config.slot_size + 2, size)
+        self.word_embedding = nn.Embedding(config.vocab_size, config.word_embedding_size)
+        self.word_projection = nn.Linear(config.word_embedding_size + 4, size)
+        self.first_token = nn.Parameter(torch.zeros(size))
+        tokens = 1 + config.num_frames * config.num_slots + config.max_text_length
+        self.position_embedding = nn.Parameter(torch.zeros(tokens, size))
+        self.layers = nn.ModuleList([AloeLayer(config) for _ in range(config.num_hidden_layers)])
+        self.answer_head = AloeHead(config, config.num_answers)
+        self.option_head = AloeHead(config, 1)
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args, use_safetensors: bool | None = True, **kwargs):
+        """As transformers', from safetensors alone: pickled weights are refused unless `use_safetensors=False`."""
+        return super().from_pretrained(*args, use_safetensors=use_safetensors, **kwargs)
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, nn.Linear):
+            init.xavier_uniform_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=1.0)
+        elif isinstance(module, AloeForVideoQuestionAnswering):
+            init.zeros_(module.first_token)
+            init.zeros_(module.position_embedding)
+
+    def _check(self, slots, input_ids, attention_mask, is_option, video_index, labels):
+        config = self.config
+        expected = (config.num_frames, config.num_slots, config.slot_size)
+        if slots.ndim != 4 or slots.shape[1:] != expected:
+            raise ValueError(
+                f"slots has shape {tuple(slots.shape)}: expected (V, {', '.join(map(str, expected))}), videos x "
+                f"num_frames x num_slots x slot_size; AloeProcessor chooses the frames."
+            )
+        if not slots.is_floating_point():
+            raise ValueError(f"slots has dtype {slots.dtype}: expected floating point, convert it with .float().")
+        if input_ids.ndim != 2 or input_ids.shape[1] != config.max_text_length:
+            raise ValueError(
+                f"input_ids has shape {tuple(input_ids.shape)}: expected (S, {config.max_text_length}), padded by "
+                f"AloeProcessor."
+            )
+        sizes = {"is_option": is_option, "labels": labels, "video_index": video_index}
+        for name, value in sizes.items():
+            if value is not None and value.shape != input_ids.shape[:1]:
+                raise ValueError(f"{name} has shape {tuple(value.shape)}: expected ({len(input_ids)},).")
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}: expected {tuple(input_ids.shape)}."
+            )
+        if video_index is None and len(slots) != len(input_ids):
+            raise ValueError(
+                f"{len(slots)} videos and {len(input_ids)} text sequences: pass video_index, the video of each sequence."
+            )
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        slots: torch.Tensor,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        is_option: torch.Tensor | None = None,
+        video_index: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs,
+    ) -> AloeOutput:
+        """
+        Args:
+            slots (`torch.Tensor` of shape `(V, num_frames, num_slots, slot_size)`): The videos.
+            input_ids (`torch.LongTensor` of shape `(S, max_text_length)`): A descriptive question, padded; or a question
+                padded to max_question_length and then one of its options.
+            attention_mask (`torch.Tensor` of shape `(S, max_text_length)`, *optional*): 1 or True for a word, 0 for
+                padding. Default: every token but 0 is a word.
+            is_option (`torch.BoolTensor` of shape `(S,)`, *optional*): True for a sequence with an option. Default: all
+                are descriptive.
+            video_index (`torch.LongTensor` of shape `(S,)`, *optional*): The video of each sequence; default: in order.
+            labels (`torch.LongTensor` of shape `(S,)`, *optional*): The answer of a descriptive question; 1 or 0 for an
+                option that is correct or wrong; negative: unknown.
+            output_attentions, output_hidden_states (`bool`, *optional*): Attentions need
+                `model.set_attn_implementation("eager")`.
+
+        Raises `ValueError` for shapes that do not fit the configuration.
+        """
+        self._check(slots, input_ids, attention_mask, is_option, video_index, labels)
+        config = self.config
+        if is_option is None:
+            is_option = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        is_option = is_option.bool()
+        words = input_ids != 0 if attention_mask is None else attention_mask.bool()
+
+        slots = slots.to(self.dtype)
+        vision = torch.cat([slots, slots.new_tensor([0.0, 1.0]).expand(*slots.shape[:-1], 2)], dim=-1)
+        vision = self.slot_projection(vision).flatten(1, 2)  # projected once per video, not per sequence
+        if video_index is not None:
+            vision = vision[video_index]
+        text = self.word_embedding(input_ids)
+        place = torch.arange(config.max_text_length, device=input_ids.device)
+        is_question = is_option[:, None] & (place < config.max_question_length)
+        flags = torch.stack(
+            [is_question, ~is_question, torch.ones_like(is_question), torch.zeros_like(is_question)], -1
+        )
+        text = self.word_projection(torch.cat([text, flags.to(text.dtype)], dim=-1))
+        states = torch.cat([self.first_token.expand(len(text), 1, -1), vision, text], dim=1) + self.position_embedding
+
+        seen = words.new_ones(len(words), states.shape[1] - words.shape[1])
+        mask = torch.cat([seen, words], dim=1)[:, None, None]
+        for index, layer in enumerate(self.layers):
+            states = layer(states, mask, index == len(self.layers) - 1)
+        first = states[:, 0]
+        answer_logits, option_logits = self.answer_head(first), self.option_head(first).squeeze(-1)
+
+        loss = answer_loss = option_loss = None
+        if labels is not None:
+            answer_loss, option_loss = question_losses(answer_logits, option_logits, labels, is_option)
+            loss = answer_loss + option_loss
+        return AloeOutput(
+            loss=loss,
+            answer_loss=answer_loss,
+            option_loss=option_loss,
+            answer_logits=answer_logits,
+            option_logits=option_logits,
+        )
+
+
+__all__ = ["AloeForVideoQuestionAnswering", "AloeOutput", "question_losses"]
