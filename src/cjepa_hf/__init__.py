@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcesso
 from .models.aloe import AloeConfig, AloeForVideoQuestionAnswering, AloeProcessor
 from .models.cjepa import CJepaConfig, CJepaModel, CJepaOutput, CJepaRolloutOutput
 from .models.color_isa import ColorIsaConfig, ColorIsaImageProcessor, ColorIsaModel
+from .models.savi import SaviConfig, SaviImageProcessor, SaviModel
 from .pipelines import register_pipelines
 from .simulators import register_envs
 
@@ -21,6 +22,9 @@ AutoModel.register(CJepaConfig, CJepaModel)
 AutoConfig.register("color-isa", ColorIsaConfig)
 AutoModel.register(ColorIsaConfig, ColorIsaModel)
 AutoImageProcessor.register(ColorIsaConfig, ColorIsaImageProcessor)
+AutoConfig.register("savi", SaviConfig)
+AutoModel.register(SaviConfig, SaviModel)
+AutoImageProcessor.register(SaviConfig, SaviImageProcessor)
 AutoConfig.register("aloe", AloeConfig)
 AutoModel.register(AloeConfig, AloeForVideoQuestionAnswering)
 AutoProcessor.register(AloeConfig, AloeProcessor)
@@ -47,5 +51,8 @@ __all__ = [
     "ColorIsaConfig",
     "ColorIsaImageProcessor",
     "ColorIsaModel",
+    "SaviConfig",
+    "SaviImageProcessor",
+    "SaviModel",
     *_LAZY,
 ]
