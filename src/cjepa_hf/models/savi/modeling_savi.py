@@ -323,7 +323,7 @@ class SaviModel(SaviPreTrainedModel):
             )
         config = self.config
         self._check_pixels(pixel_values)
-        batch, length = pixel_values.shape[:2]
+        batch = len(pixel_values)
         if chunk_size < 1:
             raise ValueError(f"chunk_size={chunk_size} must be at least 1.")
         if sample is None:
@@ -333,18 +333,16 @@ class SaviModel(SaviPreTrainedModel):
         generators = self._generators(seeds, state, generator, batch)
 
         slots, masks, kernels = [], [], []
-        current = latents
-        for keys, values in self._tokens(pixel_values, chunk_size):
-            if current is None:
-                current, memory = self._predict(latest, memory)
-            distribution = self.kernel_dist_layer(current)
-            mean, log_variance = distribution.chunk(2, dim=-1)
+        for index, (keys, values) in enumerate(self._tokens(pixel_values, chunk_size)):
+            if index > 0:
+                latents, memory = self._predict(slots[-1], memory)
+            distribution = self.kernel_dist_layer(latents)
+            kernel, log_variance = distribution.chunk(2, dim=-1)
             if sample:
-                noise = self._noise(mean, generators, generator)
-                mean = mean + noise * (0.5 * log_variance).exp()
-            latest, attention = self.slot_attention(keys, values, mean)
-            current = None
-            slots.append(latest)
+                noise = self._noise(kernel, generators, generator)
+                kernel = kernel + noise * (0.5 * log_variance).exp()
+            updated, attention = self.slot_attention(keys, values, kernel)
+            slots.append(updated)
             masks.append(attention)
             kernels.append(distribution)
         states = None if generators is None else torch.stack([g.get_state() for g in generators])
@@ -352,7 +350,7 @@ class SaviModel(SaviPreTrainedModel):
             slots=torch.stack(slots, dim=1),
             masks=torch.stack(masks, dim=1).unflatten(-1, (config.mask_size, config.mask_size)),
             kernels=torch.stack(kernels, dim=1),
-            state=SaviState(slots=latest, memory=memory, generator_states=states),
+            state=SaviState(slots=slots[-1], memory=memory, generator_states=states),
         )
         return self._add_losses(output, pixel_values, chunk_size) if return_loss else output
 
@@ -431,7 +429,7 @@ class SaviModel(SaviPreTrainedModel):
                 raise ValueError(f"state holds {len(states)} generators for {batch} videos.")
             generators = [torch.Generator() for _ in range(batch)]
             for one, its_state in zip(generators, states):
-                one.set_state(its_state.cpu())
+                one.set_state(its_state.cpu().clone())  # torch reads a view from where its storage begins
             return generators
         if seeds is None:
             return None
