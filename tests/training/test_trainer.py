@@ -342,6 +342,13 @@ def test_learning_rate_warms_up_and_falls_to_zero(tmp_path):
     assert factors[54] == pytest.approx(0.5, abs=0.02) and 0 < factors[99] < 1e-3
     constant = arguments(tmp_path, max_steps=100, warmup_steps=9, lr_scheduler="constant")
     assert {learning_rate_factor(step, constant) for step in range(9, 100)} == {1.0}
+    floor = arguments(tmp_path, max_steps=100, warmup_steps=9, lr_floor=0.01)
+    assert learning_rate_factor(9, floor) == 1.0 and learning_rate_factor(100, floor) == pytest.approx(0.01)
+    halving = arguments(tmp_path, max_steps=100, warmup_steps=9, lr_scheduler="exponential", lr_half_life=20)
+    assert [learning_rate_factor(step, halving) for step in (9, 29, 49)] == pytest.approx([1, 0.5, 0.25])
+    for wrong in (dict(lr_floor=1.5), dict(lr_half_life=0)):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            arguments(tmp_path, **wrong)
 
 
 def test_gradients_are_clipped_to_the_global_norm_asked_for_and_logged_as_they_were(tmp_path, monkeypatch):

@@ -51,7 +51,12 @@ class TrainArguments:
     muon_learning_rate: float = HfArg(default=5e-3, help="Peak learning rate of Muon.")
     weight_decay: float = HfArg(default=0.01, help="Decoupled; not applied to biases, norms and embeddings.")
     warmup_steps: int = HfArg(default=100, help="Steps of linear warm-up.")
-    lr_scheduler: Literal["cosine", "constant"] = HfArg(default="cosine", help="After the warm-up; cosine ends at 0.")
+    lr_scheduler: Literal["cosine", "exponential", "constant"] = HfArg(
+        default="cosine",
+        help="After the warm-up: cosine ends at lr_floor, exponential halves every lr_half_life steps.",
+    )
+    lr_floor: float = HfArg(default=0.0, help="Share of the peak learning rate that cosine ends at.")
+    lr_half_life: int = HfArg(default=100_000, help="Steps in which exponential halves the learning rate.")
     gradient_clip: float = HfArg(default=1.0, help="Largest global gradient norm; 0: no clipping.")
     ema_decay: float = HfArg(
         default=0.0, help="Moving average of the weights, which is then what is evaluated and saved; 0: off."
@@ -86,13 +91,16 @@ class TrainArguments:
 
     def __post_init__(self):
         _check_types(self)
-        positive = ("max_steps", "batch_size", "gradient_accumulation_steps", "learning_rate", "log_every")
+        positive = ["max_steps", "batch_size", "gradient_accumulation_steps", "learning_rate", "log_every"]
+        positive += ["lr_half_life"]
         not_negative = ["muon_learning_rate", "weight_decay", "warmup_steps", "gradient_clip", "ema_decay"]
         not_negative += ["num_workers", "eval_every", "eval_samples", "save_every", "save_total_limit"]
         for name in (*positive, *not_negative):
             value = getattr(self, name)
             if not value >= 0 or (name in positive and value == 0):
                 raise ValueError(f"{name} must be {'positive' if name in positive else 'at least 0'}, got {value!r}")
+        if not 0 <= self.lr_floor <= 1:
+            raise ValueError(f"lr_floor must be in [0, 1], a share of the peak learning rate, got {self.lr_floor!r}")
         if self.ema_decay >= 1:
             raise ValueError(f"ema_decay must be below 1 (0.999, say; 0 turns it off), got {self.ema_decay!r}")
         if self.batch_size % self.gradient_accumulation_steps:

@@ -520,13 +520,16 @@ def orthogonalize(matrices: Tensor, coefficients: tuple[float, float, float], st
 
 
 def learning_rate_factor(step: int, args: TrainArguments) -> float:
-    """Share of the peak learning rate at a step: linear warm-up, then cosine to 0 at `max_steps`, or constant."""
+    """Share of the peak learning rate at a step: linear warm-up, then cosine to `lr_floor` at `max_steps`, exponential
+    decay, or constant."""
     if step < args.warmup_steps:
         return (step + 1) / (args.warmup_steps + 1)
     if args.lr_scheduler == "constant":
         return 1.0
+    if args.lr_scheduler == "exponential":
+        return 0.5 ** ((step - args.warmup_steps) / args.lr_half_life)
     done = (step - args.warmup_steps) / max(1, args.max_steps - args.warmup_steps)
-    return 0.5 * (1 + math.cos(math.pi * done))
+    return args.lr_floor + (1 - args.lr_floor) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 class Ema:
