@@ -12,6 +12,7 @@ from .models.aloe import AloeConfig, AloeForVideoQuestionAnswering, AloeProcesso
 from .models.cjepa import CJepaConfig, CJepaModel, CJepaOutput, CJepaRolloutOutput
 from .models.color_isa import ColorIsaConfig, ColorIsaImageProcessor, ColorIsaModel
 from .models.savi import SaviConfig, SaviImageProcessor, SaviModel
+from .models.videosaur import VideoSaurConfig, VideoSaurImageProcessor, VideoSaurModel
 from .pipelines import register_pipelines
 from .simulators import register_envs
 
@@ -25,6 +26,9 @@ AutoImageProcessor.register(ColorIsaConfig, ColorIsaImageProcessor)
 AutoConfig.register("savi", SaviConfig)
 AutoModel.register(SaviConfig, SaviModel)
 AutoImageProcessor.register(SaviConfig, SaviImageProcessor)
+AutoConfig.register("videosaur", VideoSaurConfig)
+AutoModel.register(VideoSaurConfig, VideoSaurModel)
+AutoImageProcessor.register(VideoSaurConfig, VideoSaurImageProcessor)
 AutoConfig.register("aloe", AloeConfig)
 AutoModel.register(AloeConfig, AloeForVideoQuestionAnswering)
 AutoProcessor.register(AloeConfig, AloeProcessor)
@@ -54,5 +58,8 @@ __all__ = [
     "SaviConfig",
     "SaviImageProcessor",
     "SaviModel",
+    "VideoSaurConfig",
+    "VideoSaurImageProcessor",
+    "VideoSaurModel",
     *_LAZY,
 ]
