@@ -83,8 +83,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--frames", type=int, metavar="PX", help="also store frames of this many pixels")
     sub.add_argument("--json", action="store_true", help="print what was written as JSON")
 
-    sub = command("extract", extract, "Turn episodes into a slot dataset with a slot encoder (resumable).")
-    sub.add_argument("source", help="folder or Hub id of collected episodes (states or frames)")
+    sub = command("extract", extract, "Turn videos or episodes into a slot dataset with a slot encoder (resumable).")
+    sub.add_argument("source", help="video files, folders of them, tar shards, HDF5, collected episodes, or a Hub id")
     sub.add_argument(
         "--encoder", required=True, help="folder or Hub id of a slot encoder, or of a CJepaModel with one"
     )
@@ -93,6 +93,17 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--dtype", choices=["float32", "float16"], default="float32", help="(default: %(default)s)")
     sub.add_argument("--frame-skip", type=int, default=5, help="suggested for windows (default: %(default)s)")
     sub.add_argument("--num-frames", type=int, help="stop after this many frames per split, in whole episodes")
+    sub.add_argument("--splits", nargs="+", help="only these (default: all)")
+    sub.add_argument("--num-videos", type=int, default=8, help="per pass, encoders with memory (default: %(default)s)")
+    sub.add_argument("--seed", type=int, default=0, help="of random initial slots (default: %(default)s)")
+    sub.add_argument(
+        "--frames-per-file", type=int, default=4096, help="what an interruption can lose (default: %(default)s)"
+    )
+    sub.add_argument("--strict", action="store_true", help="end with an error if a damaged video was left out")
+    sub.add_argument(
+        "--preview", type=int, metavar="N", help="first draw the masks of N videos, in OUTPUT_DIR/preview"
+    )
+    sub.add_argument("--push-to-hub", "--push_to_hub", metavar="OWNER/NAME", help="upload the finished dataset")
     _common(sub)
 
     sub = command(
@@ -203,8 +214,18 @@ def collect(arguments, _) -> None:
 
 
 def extract(arguments, _) -> None:
-    from cjepa_hf.data.extract import extract_slots
+    from cjepa_hf.data.extract import extract_slots, push_slots
 
+    is_first = int(os.environ.get("RANK", 0)) == 0  # of the processes that `accelerate launch` starts
+    if arguments.preview and is_first:
+        from cjepa_hf.evaluation.preview import write_previews
+
+        pictures = Path(arguments.output_dir) / "preview"
+        split = arguments.splits[0] if arguments.splits else None
+        shared = {"split": split, "seed": arguments.seed, "device": _device(arguments)}
+        seen = write_previews(arguments.source, arguments.encoder, pictures, num_videos=arguments.preview, **shared)
+        if not arguments.json:
+            _print_preview(seen, pictures)
     folder = extract_slots(
         arguments.source,
         arguments.encoder,
@@ -213,10 +234,31 @@ def extract(arguments, _) -> None:
         dtype=arguments.dtype,
         frame_skip=arguments.frame_skip,
         num_frames=arguments.num_frames,
+        splits=arguments.splits,
+        num_videos=arguments.num_videos,
+        seed=arguments.seed,
+        frames_per_file=arguments.frames_per_file,
+        strict=arguments.strict,
         device=_device(arguments),
         progress=not arguments.json,
     )
+    if not is_first:
+        return
+    address = push_slots(folder, arguments.push_to_hub) if arguments.push_to_hub else None
     print((folder / "slot_dataset.json").read_text() if arguments.json else f"Slots in {folder}")
+    if address and not arguments.json:
+        print(f"Uploaded to {address}")
+
+
+def _print_preview(seen: dict, folder: Path) -> None:
+    print(f"Masks of {len(seen['videos'])} videos in {folder}")
+    for one in seen["skipped"]:
+        print(f"  {one['episode_id']} is damaged: {one['reason']}")
+    if seen["foreground_ari"] is not None:
+        print(
+            f"  foreground ARI {seen['foreground_ari']:.3f}, {seen['switches_per_100_frames']:.1f} changes of slot per "
+            f"100 frames (means over the videos with true masks)"
+        )
 
 
 def train(arguments, rest) -> None:

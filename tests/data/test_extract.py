@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import zlib
 from types import SimpleNamespace
 
 import datasets
@@ -114,7 +115,7 @@ LENGTHS = [22, 5, 31, 9, 24]
 def test_states_are_drawn_and_encoded_in_even_batches_across_episodes(tmp_path, batch_size):
     train, validation = rows(LENGTHS), rows([21, 23], seed=1, prefix="v")
     source, encoder = collected(tmp_path / "source", train, validation), Encoder()
-    folder = extract_slots(source, encoder, tmp_path / "slots", batch_size=batch_size, **SILENT)
+    folder = extract_slots(source, encoder, tmp_path / "slots", batch_size=batch_size, progress=False)
     total = sum(LENGTHS)
     sizes = [b for b, _ in encoder.batches]
     assert sizes[: total // batch_size] == [batch_size] * (total // batch_size) and sum(sizes) == total + 44
@@ -316,3 +317,142 @@ def test_a_saved_encoder_is_loaded_with_its_image_processor(tmp_path):
         np.testing.assert_allclose(row["slots"], expected, atol=1e-4)
     encoder = load_slot_dataset(folder).metadata["encoder"]
     assert encoder["name"] == "my-encoder" and encoder["config_hash"] and encoder["image_processor"]
+
+
+class Seeded(torch.nn.Module):
+    """Slots are running sums that start from a seed; the rest as [`Encoder`]."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.projection = torch.nn.Parameter(torch.randn(3 * 64, N * D, generator=generator))
+        self.batches = []
+
+    def forward(self, pixel_values, seeds=None, state=None):
+        assert (seeds is None) != (state is None)
+        self.batches.append(tuple(pixel_values.shape[:2]))
+        small = torch.nn.functional.adaptive_avg_pool2d(pixel_values.flatten(0, 1), 8).flatten(1)
+        slots = (small @ self.projection).view(*pixel_values.shape[:2], N, D)
+        if state is None:
+            state = torch.stack([torch.randn(N, D, generator=torch.Generator().manual_seed(s)) for s in seeds])
+        slots = torch.cat([state[:, None], slots], dim=1).cumsum(1)[:, 1:]
+        return SimpleNamespace(slots=slots, state=slots[:, -1])
+
+
+@pytest.mark.parametrize("batch_size, num_videos", [(12, 2), (64, 8), (1, 1)])
+def test_an_encoder_with_seeds_and_state_goes_through_videos_side_by_side(tmp_path, batch_size, num_videos):
+    train = rows(LENGTHS, kind="array")
+    source, encoder = DatasetDict(train=dataset(train)), Seeded()
+    sizes = {"batch_size": batch_size, "num_videos": num_videos}
+    folder = extract_slots(source, encoder, tmp_path / "slots", **sizes, progress=False)
+    assert max(b for b, _ in encoder.batches) == min(num_videos, 5)
+    assert max(t for _, t in encoder.batches) <= batch_size // num_videos
+    for row, original in zip(read(folder), train, strict=True):
+        pixels = torch.from_numpy(original["frames"]).permute(0, 3, 1, 2)[None] / 255
+        with torch.no_grad():
+            expected = Seeded()(pixels, seeds=[zlib.crc32(f"0 {row['episode_id']}".encode())]).slots[0]
+        np.testing.assert_allclose(row["slots"], expected, atol=1e-3)
+    other = read(extract_slots(source, encoder, tmp_path / "other", seed=1, **sizes, progress=False))
+    assert np.abs(other[0]["slots"][0] - read(folder)[0]["slots"][0]).max() > 0.1
+
+
+def bytes_of(folder):
+    return {path.name: path.read_bytes() for path in sorted((folder / "data").glob("*.parquet"))}
+
+
+@pytest.mark.parametrize("make", [Encoder, Seeded])
+def test_several_processes_write_the_same_files_as_one(tmp_path, make):
+    train, validation = rows([*LENGTHS, 30, 30, 7]), rows([21, 23, 40], seed=1, prefix="v")
+    train[1]["state"][4] = np.nan
+    source = collected(tmp_path / "source", train, validation)
+    one = extract_slots(source, make(), tmp_path / "one", batch_size=10, **SILENT)
+    load_slot_dataset(one)  # both processes find the cache made
+    children = []
+    for rank in (1, 0):
+        child = os.fork()
+        if child == 0:
+            signal.alarm(60)
+            torch.set_num_threads(1)
+            os.environ.update(RANK=str(rank), WORLD_SIZE="2")
+            try:
+                encoder = make()
+                extract_slots(source, encoder, tmp_path / "two", batch_size=10, **SILENT)
+                (tmp_path / f"rank{rank}").write_text(str(sum(b * t for b, t in encoder.batches)))
+            finally:
+                os._exit(0)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+    assert bytes_of(tmp_path / "two") == bytes_of(one) and len(bytes_of(one)) == 6
+    assert (tmp_path / "two" / METADATA_FILE).read_text() == (one / METADATA_FILE).read_text()
+    assert all(int((tmp_path / f"rank{rank}").read_text()) > 0 for rank in (0, 1))
+
+
+def test_another_source_of_equal_lengths_is_noticed(tmp_path):
+    first = collected(tmp_path / "x" / "source", rows(LENGTHS))
+    encoder = Encoder()
+    encoder.after = lambda encoder, slots: slots if len(encoder.batches) < 3 else slots[:, :, :1].squeeze(2)
+    with pytest.raises(ValueError, match="the encoder returned slots"):  # an interruption
+        extract_slots(first, encoder, tmp_path / "slots", batch_size=30, **SILENT)
+    second = collected(tmp_path / "y" / "source", rows(LENGTHS, seed=1))
+    with pytest.raises(ValueError, match=r"made with other arguments \(source: .*content"):
+        extract_slots(second, Encoder(), tmp_path / "slots", batch_size=30, **SILENT)
+    copied = collected(tmp_path / "z" / "source", rows(LENGTHS))
+    assert extract_slots(copied, Encoder(), tmp_path / "slots", batch_size=30, **SILENT)
+
+
+def test_videos_from_files_are_encoded_and_damaged_ones_named(tmp_path, caplog):
+    av = pytest.importorskip("av")
+    array = np.random.default_rng(0).integers(0, 256, (6, 2, 2, 3), dtype=np.uint8).repeat(16, 1).repeat(16, 2)
+    (tmp_path / "clips").mkdir()
+    for name in ("b", "a"):
+        with av.open(str(tmp_path / "clips" / f"{name}.mkv"), "w") as container:
+            stream = container.add_stream("ffv1", rate=25)
+            stream.width, stream.height, stream.pix_fmt = 32, 32, "bgr0"
+            for frame in array:
+                picture = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format="bgr0")
+                container.mux(stream.encode(picture))
+            container.mux(stream.encode())
+    (tmp_path / "clips" / "broken.mp4").write_bytes(b"nothing")
+    (tmp_path / "clips" / "empty.mkv").write_bytes(b"")
+    np.save(tmp_path / "clips" / "one.npy", array[:1])
+    folder = extract_slots(tmp_path / "clips", Encoder(), tmp_path / "slots", **SILENT)
+    found = {row["episode_id"]: row["slots"] for row in read(folder)}
+    assert list(found) == ["a", "b", "one"] and found["one"].shape == (1, N, D)
+    np.testing.assert_allclose(found["a"], expected_slots({"frames": array}), atol=1e-4)
+    assert load_slot_dataset(folder).metadata["fps"] is None  # not known of all
+    (message,) = [r.getMessage() for r in caplog.records if "damaged" in r.message]
+    assert "2 damaged episodes of clips" in message and "'broken'" in message and "'empty'" in message
+    assert "2 damaged episodes were left out" in (folder / "README.md").read_text()
+    with pytest.raises(ValueError, match=r"'broken'.* is complete without them"):
+        extract_slots(tmp_path / "clips", Encoder(), folder, strict=True, **SILENT)
+
+
+def test_videos_of_different_sizes_need_an_image_processor_side_by_side(tmp_path):
+    for name, size in (("a", 16), ("b", 24)):
+        (tmp_path / "clips").mkdir(exist_ok=True)
+        np.save(tmp_path / "clips" / f"{name}.npy", np.zeros((4, size, size, 3), np.uint8))
+    with pytest.raises(ValueError, match=r"different frame sizes .* give an image_processor"):
+        extract_slots(tmp_path / "clips", Seeded(), tmp_path / "slots", **SILENT)
+    assert len(read(extract_slots(tmp_path / "clips", Encoder(), tmp_path / "frames", **SILENT))) == 2
+
+
+def test_reading_goes_on_while_the_encoder_runs_and_never_far_ahead(tmp_path):
+    """Memory does not grow with the number of videos: few are read before they are needed."""
+    from cjepa_hf.data.extract import encode_videos
+    from cjepa_hf.data.video import FrameVideo
+
+    opened = []
+
+    def video(number):
+        def open_frames():
+            opened.append(number)
+            return np.zeros((10, 16, 16, 3), np.uint8).__getitem__
+
+        return FrameVideo(open_frames, 10, str(number))
+
+    encoder, ahead = Encoder(), []
+    encoder.after = lambda encoder, slots: ahead.append(len(opened) - len(encoder.batches)) or slots
+    groups = ([video(2 * i), video(2 * i + 1)] for i in range(20))
+    results = list(encode_videos(groups, encoder, batch_size=10, num_readers=3))
+    assert [[job.video.name for job in group] for group in results[:2]] == [["0", "1"], ["2", "3"]]
+    assert max(ahead) <= 4 and sorted(opened) == list(range(40))

@@ -1,39 +1,37 @@
-"""Frames to slots: runs a slot encoder over a dataset of episodes and writes a slot dataset (see `slots`)."""
+"""Frames to slots: runs a slot encoder over the videos of any source (see `video`) and writes a slot dataset."""
 
+import contextlib
+import functools
 import hashlib
+import inspect
+import itertools
 import json
 import logging
 import os
+import time
 import zlib
-from collections import Counter
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import datasets
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub import HfApi
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoModel
 
-from cjepa_hf.simulators.rendering import render_push_t
+from .slots import METADATA_FILE, PARTIAL_FOLDER, SlotDatasetWriter, fingerprint, writer_arguments
+from .video import Video, check_lengths, open_source
 
-from .slots import METADATA_FILE, SlotDatasetWriter, _split_of, fingerprint, load_split, writer_arguments
-
-__all__ = ["extract_slots"]
+__all__ = ["encode_videos", "extract_slots", "push_slots"]
 
 logger = logging.getLogger(__name__)
 
-FRAME_COLUMNS = ("frames", "images")
-COPIED_COLUMNS = ("actions", "proprio", "state", "contacts")
-RENDERERS = {"push_t": render_push_t}  # by the `simulator` named in collection.json
-
 
 def extract_slots(
-    source: str | os.PathLike | datasets.DatasetDict,
+    source: str | os.PathLike | datasets.DatasetDict | datasets.Dataset,
     encoder: str | os.PathLike | torch.nn.Module,
     output_dir: str | os.PathLike,
     *,
@@ -42,268 +40,448 @@ def extract_slots(
     frame_skip: int = 5,
     dtype: str = "float32",
     batch_size: int = 64,
+    num_videos: int = 8,
+    seed: int = 0,
     device: str | torch.device | None = None,
     num_frames: int | None = None,
     render_resolution: int = 64,
     render_options: Mapping | None = None,
     source_revision: str | None = None,
     encoder_revision: str | None = None,
-    frames_per_file: int = 16384,
+    frames_per_file: int = 4096,
+    num_readers: int | None = None,
+    strict: bool = False,
     progress: bool = True,
 ) -> Path:
     """Encode every frame of `source` and write the slots, with the source's other columns, to `output_dir`.
 
     Run again with the same arguments after an interruption, it goes on after the last finished file; on a finished
-    folder it returns at once.
+    folder it returns at once. Started in several processes (`accelerate launch`, `torchrun`), each one encodes every
+    n-th file: batches never cross the border of a file, so the files are the same as those of a single process. The
+    processes meet in `output_dir`, which all of them must see, and nowhere else.
 
     Args:
-        source: folder, Hub id or `DatasetDict` with one row per episode: frames in a column `frames` or `images` (a
-            list of images, or uint8 [T, H, W, 3] RGB), or a `state` column [T, 5 or more] that the simulator named in
-            its `collection.json` can draw. `actions`, `proprio`, `state` and `contacts` [T, ...] are copied along.
+        source: whatever [`open_source`](video.py) takes: files, folders, a Hub id, a `DatasetDict`. `actions`,
+            `proprio`, `state` and `contacts` [T, ...] are copied along.
         encoder: folder, Hub id or model whose `forward(pixel_values=[B, T, 3, H, W])` returns `.slots` [B, T, N, D],
-            or a `CJepaModel` that holds one. If its config (or itself) says `memoryless = True`, frames of all episodes
-            share batches; else one whole episode is encoded at a time, with a random seed made from its name.
+            or a `CJepaModel` that holds one; see [`encode_videos`].
         image_processor: turns uint8 frames [T, H, W, 3] into `pixel_values`. Default: the encoder's own where its
             folder has one, else pixels / 255.
         splits: names of the splits; default: all.
         frame_skip: suggested for windows, stored in the dataset.
         dtype: "float32" or "float16" of the stored slots.
-        batch_size: frames per forward (memoryless encoders).
-        device: default: where a given model is; CUDA if there is one for a loaded model.
-        num_frames: stop each split after the episode that reaches this many frames.
+        batch_size: frames per forward.
+        num_videos: videos per forward (encoders with memory), which then see `batch_size // num_videos` frames each.
+        seed: with a video's name, makes the seed of everything random about that video.
+        device: default: where a given model is; for a loaded model CUDA if there is one (each process its own).
+        num_frames: stop each split after the video that reaches this many frames.
         render_resolution: pixels per side of frames drawn from states.
         render_options: more arguments of the renderer, such as `{"goal_pose": None}`.
         source_revision, encoder_revision: branch, tag or commit on the Hub.
         frames_per_file: frames per Parquet file, which is also what an interruption can lose.
+        num_readers: threads that read and decode videos while the encoder runs; default: one per core, at most 8.
+        strict: end with an error, after everything was written, if a video was left out.
         progress: show a bar with the remaining time.
 
     Returns:
-        `output_dir`. Damaged episodes (unreadable frames, NaN states, columns of unequal length, slots that are not
+        `output_dir`. Damaged videos (unreadable or cut off, NaN states, columns of unequal length, slots that are not
         finite) are left out, named in a warning at the end and listed under `skipped` in `slot_dataset.json`.
 
     Raises:
         FileExistsError: `output_dir` is a finished dataset made with other arguments.
-        ValueError: the source has neither frames nor states that can be drawn, the encoder does not take its frames,
-            other arguments than the interrupted run's, or no episode could be read.
+        ValueError: nothing in the source is a video, the encoder does not take its frames, other arguments (another
+            content of the source or other weights are others too) than the interrupted run's, no video could be read,
+            or `strict`.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, it is {batch_size}")
-    name, collection, data = _open_source(source, source_revision, splits)
+    for name, value in (("batch_size", batch_size), ("num_videos", num_videos), ("frames_per_file", frames_per_file)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, it is {value}")
+    opened = open_source(
+        source,
+        splits=splits,
+        revision=source_revision,
+        render_resolution=render_resolution,
+        render_options=render_options,
+    )
     model, image_processor, description = _open_encoder(encoder, encoder_revision, image_processor, device)
-    memoryless = bool(getattr(model, "memoryless", getattr(getattr(model, "config", None), "memoryless", False)))
-    frame_column, render = _frame_source(name, next(iter(data.values())).features, collection)
-    content = {split: [list(_names(d, split)), _lengths(d, frame_column).tolist()] for split, d in data.items()}
-    description_of_source = {
-        "name": name,
-        "revision": source_revision,
-        "content": fingerprint([content, collection]),
-        "splits": list(data),
-        "num_frames": num_frames,
-    }
-    if render is not None:
-        given = {"goal_pose": collection["goal_pose"]} if "goal_pose" in collection else {}
-        render_options = {"resolution": render_resolution, **given, **(render_options or {})}
-        description_of_source["render"] = render_options
+    num_readers = num_readers or min(os.cpu_count() or 1, 8)
+    with ThreadPoolExecutor(num_readers) as pool:
+        headers = {split: list(pool.map(_header, videos)) for split, videos in opened.splits.items()}
+    lengths = {split: [length for length, _ in values] for split, values in headers.items()}
+    rates = {rate for values in headers.values() for length, rate in values if length}
     if image_processor is not None:
-        processor = (
-            image_processor.to_dict() if hasattr(image_processor, "to_dict") else type(image_processor).__name__
+        has_dict = hasattr(image_processor, "to_dict")
+        description["image_processor"] = fingerprint(
+            image_processor.to_dict() if has_dict else type(image_processor).__name__
         )
-        description["image_processor"] = fingerprint(processor)
     arguments = {
         "frame_skip": frame_skip,
-        "encoder": description,
-        "source": description_of_source,
-        "fps": collection.get("fps"),
-        "units": collection.get("units"),
+        "encoder": {**description, "seed": seed},
+        "source": {
+            "name": opened.name,
+            "revision": source_revision,
+            "content": fingerprint(
+                [opened.metadata.get("content"), [[s, opened.content(s), lengths[s]] for s in opened.splits]]
+            ),
+            "splits": list(opened.splits),
+            "num_frames": num_frames,
+            "frames_per_file": frames_per_file,
+            **({"render": opened.metadata["render"]} if "render" in opened.metadata else {}),
+        },
+        "fps": rates.pop() if len(rates) == 1 else None,
+        "units": opened.metadata.get("units"),
         "dtype": dtype,
     }
-    finished = Path(output_dir) / METADATA_FILE
-    if finished.exists():
-        made_with = json.loads(finished.read_text(encoding="utf-8")).get("fingerprint")
-        if made_with == fingerprint(writer_arguments(**arguments)):
-            logger.info("%s is complete: nothing to do", output_dir)
-            return Path(output_dir)
-    writer = SlotDatasetWriter(output_dir, frames_per_file=frames_per_file, **arguments)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    output_dir = Path(output_dir)
+    writer = _open_writer(output_dir, rank, arguments)
+    if writer is None:
+        logger.info("%s is complete: nothing to do", output_dir)
+        _report_damaged(output_dir, opened.name, strict)
+        return output_dir
 
-    def draw(state: np.ndarray) -> np.ndarray:
-        return render(state, **render_options)
-
-    def preprocess(frames: np.ndarray) -> torch.Tensor:
-        return _pixel_values(frames, image_processor, model)
-
-    was_training = model.training
-    model.eval()
-    try:
-        for split, rows in data.items():
-            lengths = _lengths(rows, frame_column)
-            ids, done = _names(rows, split), frozenset(writer.finished(split))
-            wanted = (
-                range(len(rows)) if num_frames is None else np.flatnonzero(np.cumsum(lengths) - lengths < num_frames)
-            )
-            todo = [int(row) for row in wanted if ids[row] not in done]
-            bar = tqdm(total=int(lengths[todo].sum()), unit="frame", desc=f"slots of {split}", disable=not progress)
-            damaged: list[dict] = []
-            episodes = _read_episodes(
-                rows, todo, ids, frame_column, None if render is None else draw, preprocess, damaged
-            )
-            encode = _encode_batches if memoryless else _encode_episodes
-            for episode in encode(episodes, model, batch_size):
+    files: list[tuple[str, int, list[Video]]] = []  # every file of the dataset: split, number, its videos
+    sizes: dict[tuple[str, int], int] = {}
+    for split, videos in opened.splits.items():
+        for number, part in enumerate(_parts(lengths[split], frames_per_file, num_frames)):
+            files.append((split, number, [videos[i] for i in part]))
+            sizes[split, number] = sum(lengths[split][i] for i in part)
+    mine = [file for file in files[rank::world] if not writer.has_file(*file[:2])]
+    widths = _column_widths(opened.splits.values())
+    bar = tqdm(
+        total=sum(sizes[file[:2]] for file in mine),
+        unit="frame",
+        desc="slots" if world == 1 else f"slots (process 1 of {world})",
+        disable=not progress or rank > 0,
+    )
+    encoded = encode_videos(
+        (videos for _, _, videos in mine), model, image_processor, batch_size=batch_size, num_videos=num_videos,
+        seed=seed, num_readers=num_readers, update=bar.update,
+    )  # fmt: skip
+    with contextlib.closing(encoded):  # an interruption ends its threads
+        for results, (split, number, _) in zip(encoded, mine):
+            episodes, damaged = [], []
+            for result in results:
                 try:
-                    writer.write(split, episode)
+                    episodes.append(_episode(result, widths))
                 except ValueError as error:
-                    damaged.append({"episode_id": episode["episode_id"], "reason": str(error)})
-                bar.update(len(episode["slots"]))
-            bar.close()
-            writer.skipped += [{"split": split, **one} for one in damaged]
-            if damaged and not writer.finished(split) and len(damaged) == len(todo):
-                raise ValueError(
-                    f"{name}: none of the {len(todo)} episodes of split {split!r} could be used; the first, "
-                    f"{damaged[0]['episode_id']!r}: {damaged[0]['reason']}"
-                )
-    finally:
-        model.train(was_training)
-    if writer.skipped:
-        listed = "; ".join(f"{s['split']} {s['episode_id']!r}: {s['reason']}" for s in writer.skipped[:10])
-        more = f"; and {len(writer.skipped) - 10} more" if len(writer.skipped) > 10 else ""
-        logger.warning(
-            "%d damaged episodes of %s were left out (all are listed in %s): %s%s",
-            len(writer.skipped), name, METADATA_FILE, listed, more,
-        )  # fmt: skip
-    return writer.close()
+                    damaged.append({"episode_id": result.video.name, "reason": str(error)})
+            writer.write_file(split, number, episodes, damaged)
+    bar.close()
+    if rank > 0:
+        _wait(lambda: (output_dir / METADATA_FILE).exists())
+    else:
+        _wait(lambda: all(writer.has_file(split, number) for split, number, _ in files))
+        try:
+            writer.close()
+        except ValueError as error:
+            if not writer.skipped or any(writer.finished(split) for split in opened.splits):
+                raise
+            writer.retry_damaged()
+            first = writer.skipped[0]
+            raise ValueError(
+                f"{opened.name}: none of the {len(writer.skipped)} episodes of split {first['split']!r} could be used; "
+                f"the first, {first['episode_id']!r}: {first['reason']}"
+            ) from error
+        _report_damaged(output_dir, opened.name, strict)
+    return output_dir
+
+
+def _report_damaged(output_dir: Path, name: str, strict: bool) -> None:
+    skipped = json.loads((output_dir / METADATA_FILE).read_text(encoding="utf-8"))["skipped"]
+    if not skipped:
+        return
+    listed = "; ".join(f"{s['split']} {s['episode_id']!r}: {s['reason']}" for s in skipped[:10])
+    more = f"; and {len(skipped) - 10} more" if len(skipped) > 10 else ""
+    message = (
+        f"{len(skipped)} damaged episodes of {name} were left out (all are listed in {METADATA_FILE}): {listed}{more}"
+    )
+    if strict:
+        raise ValueError(f"{message}. The dataset in {output_dir} is complete without them")
+    logger.warning("%s", message)
+
+
+def push_slots(folder: str | os.PathLike, repo_id: str, *, private: bool | None = None) -> str:
+    """Upload a finished slot dataset, its card and its previews to the Hub. Returns the address.
+
+    Args:
+        folder: a finished slot dataset.
+        repo_id: `owner/name`; made if it does not exist.
+    """
+    if not (Path(folder) / METADATA_FILE).is_file():
+        raise ValueError(f"{folder} is not a finished slot dataset: it has no {METADATA_FILE}. Finish the extraction")
+    api = HfApi()
+    address = api.create_repo(repo_id, repo_type="dataset", exist_ok=True, private=private)
+    api.upload_folder(
+        repo_id=address.repo_id, repo_type="dataset", folder_path=folder, ignore_patterns=[f"{PARTIAL_FOLDER}/*"],
+        commit_message="Slot dataset",
+    )  # fmt: skip
+    return str(address)
+
+
+def _header(video: Video) -> tuple[int, float | None]:
+    """Announced frames and frames per second; (0, None) of a damaged video, which says what is wrong when it is read."""
+    try:
+        return len(video), video.fps
+    except ImportError:
+        raise
+    except Exception:
+        return 0, None
+
+
+def _parts(lengths: Sequence[int], frames_per_file: int, num_frames: int | None) -> Iterator[list[int]]:
+    """Consecutive videos for each file: it is full as soon as it has `frames_per_file` frames."""
+    part, total, before = [], 0, 0
+    for index, length in enumerate(lengths):
+        if num_frames is not None and before >= num_frames:
+            break
+        part.append(index)
+        total, before = total + length, before + length
+        if total >= frames_per_file:
+            yield part
+            part, total = [], 0
+    if part:
+        yield part
+
+
+def _open_writer(output_dir: Path, rank: int, arguments: dict) -> SlotDatasetWriter | None:
+    """None if the dataset is finished. Processes other than the first wait until that one has made the folder."""
+    wanted = fingerprint(writer_arguments(**arguments))
+    started = output_dir / PARTIAL_FOLDER / "arguments.json"
+
+    def is_finished():
+        path = output_dir / METADATA_FILE
+        return path.exists() and json.loads(path.read_text(encoding="utf-8")).get("fingerprint") == wanted
+
+    if rank > 0:
+        _wait(lambda: started.exists() or (output_dir / METADATA_FILE).exists())
+    if is_finished():
+        return None
+    try:
+        return SlotDatasetWriter(output_dir, **arguments)
+    except OSError:
+        if rank > 0 and is_finished():  # meanwhile
+            return None
+        raise
+
+
+def _wait(condition: Callable[[], bool]) -> None:
+    while not condition():
+        time.sleep(0.2)
+
+
+def _column_widths(splits: Iterable[Sequence[Video]]) -> dict[str, int] | None:
+    """Names and sizes of the columns of the first readable video: every video must have them."""
+    for video in itertools.chain.from_iterable(splits):
+        try:
+            return {name: values.shape[1] for name, values in video.columns().items()}
+        except ImportError:
+            raise
+        except Exception:
+            continue
+    return None
+
+
+def _episode(result: "Encoded", widths: dict[str, int]) -> dict:
+    """What the writer takes; ValueError for a damaged video."""
+    if result.error is not None:
+        raise ValueError(f"{type(result.error).__name__}: {result.error}") from result.error
+    slots = np.concatenate(result.slots)
+    check_lengths(result.columns, len(slots))
+    found = {name: values.shape[1] for name, values in result.columns.items()}
+    if found != widths:
+        raise ValueError(f"it has the columns {found}, the first video has {widths}: give every video the same")
+    return {"episode_id": result.video.name, "slots": slots, **result.columns}
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Source
+# Reading while encoding
 
 
-def _open_source(source, revision, splits) -> tuple[str, dict, dict[str, datasets.Dataset]]:
-    """Name, content of collection.json ({} if there is none) and the wanted splits."""
-    collection: dict = {}
-    if isinstance(source, datasets.DatasetDict):
-        name, available, load = "DatasetDict", list(source), source.__getitem__
-    else:
-        folder, name = Path(source), str(source)
-        if folder.exists():
-            name, path = folder.resolve().name, folder / "collection.json"
-            if not path.exists() and (folder / ".collecting").exists():
-                raise ValueError(f"{folder} is an interrupted collection: run the same collection again to finish it")
-            available = list(dict.fromkeys(_split_of(p) for p in sorted(folder.glob("data/*-[0-9]*.parquet"))))
-            available = available or datasets.get_dataset_split_names(str(folder))
-            revision = None
-        else:
-            if name.count("/") != 1 or name.startswith((".", "/", "~")):
-                raise FileNotFoundError(f"no folder {name}, and it is not a Hub id (owner/name) either")
-            try:
-                path = Path(hf_hub_download(name, "collection.json", repo_type="dataset", revision=revision))
-            except EntryNotFoundError as error:
-                if isinstance(error, FileNotFoundError):  # no connection and nothing cached
-                    raise FileNotFoundError(f"no folder {name}, and the Hub could not be reached: {error}") from error
-                path = None
-            available = datasets.get_dataset_split_names(name, revision=revision)
-        if path is not None and path.is_file():
-            try:
-                collection = json.loads(path.read_text(encoding="utf-8"))
-            except (UnicodeDecodeError, json.JSONDecodeError) as error:
-                raise ValueError(f"{path} is not valid json ({error}): collect the dataset again") from None
+class Encoded:
+    """A video on its way: `slots` are arrays [t, N, D] that follow each other, `error` is why it is damaged or None."""
 
-        def load(split):
-            return load_split(str(source), split, revision=revision)
+    def __init__(self, video: Video, pool: ThreadPoolExecutor, preprocess: Callable, size: int):
+        self.video, self.columns, self.slots, self.masks, self.error = video, {}, [], [], None
+        self._pool, self._steps = pool, self._read(preprocess, size)
+        self._next = pool.submit(next, self._steps, None)
 
-    missing = set(splits or ()) - set(available)
-    if missing or not available:
-        raise ValueError(f"{name} has no split {sorted(missing) or ''}; it has {available}")
-    return name, collection, {split: load(split) for split in (splits or sorted(available, key=_train_first))}
+    def _read(self, preprocess, size) -> Iterator[torch.Tensor]:
+        self.columns = self.video.columns()
+        for frames in self.video.chunks(size):
+            yield preprocess(frames)
 
-
-def _train_first(split: str) -> tuple[bool, str]:
-    return split != "train", split
-
-
-def _frame_source(name: str, features: datasets.Features, collection: dict) -> tuple[str, Callable | None]:
-    """The column the frames come from, and the renderer if it holds states."""
-    for column in FRAME_COLUMNS:
-        if column in features:
-            shape = getattr(features[column], "shape", None)
-            if shape is not None and (len(shape) != 4 or shape[-1] != 3):
-                raise ValueError(
-                    f"{name}: column {column!r} has the shape {tuple(shape)}; frames must be [T, H, W, 3], RGB"
-                )
-            return column, None
-    simulator = collection.get("simulator")
-    if "state" in features and simulator in RENDERERS:
-        return "state", RENDERERS[simulator]
-    if "state" in features:
-        raise ValueError(
-            f"{name} has no frames, and its states cannot be drawn: its collection.json names the simulator "
-            f"{simulator!r}, known are {sorted(RENDERERS)}. Add a column 'frames'"
-        )
-    raise ValueError(
-        f"{name} has columns {sorted(features)}: it needs 'frames' or 'images' (RGB frames), or the 'state' of a "
-        f"collected dataset"
-    )
-
-
-def _names(data: datasets.Dataset, split: str) -> list[str]:
-    names = data.with_format(None)["episode_id"][:] if "episode_id" in data.features else [None] * len(data)
-    names = [name or f"{split}-{row:06d}" for row, name in enumerate(names)]
-    if len(set(names)) < len(names):
-        double = next(name for name, count in Counter(names).items() if count > 1)
-        raise ValueError(f"episode_id {double!r} occurs more than once in split {split!r}: rename one of the episodes")
-    return names
-
-
-def _lengths(data: datasets.Dataset, column: str) -> np.ndarray:
-    """Frames of each episode, int64 [E], from the Arrow offsets."""
-    chunks = [c.storage if isinstance(c, pa.ExtensionArray) else c for c in data.data.column(column).chunks]
-    if not all(pa.types.is_list(c.type) or pa.types.is_large_list(c.type) for c in chunks):
-        raise ValueError(f"column {column!r} must hold one list of frames per episode, it is {data.features[column]}")
-    lengths = [pc.fill_null(pc.list_value_length(c), 0).to_numpy() for c in chunks]
-    lengths = np.concatenate([np.zeros(0, np.int64), *lengths]).astype(np.int64)
-    return lengths if data._indices is None else lengths[data._indices.column(0).to_numpy()]
-
-
-def _read_episodes(
-    data: datasets.Dataset,
-    rows: Iterable[int],
-    ids: Sequence[str],
-    frame_column: str,
-    draw: Callable | None,
-    preprocess: Callable,
-    damaged: list[dict],
-) -> Iterator[tuple[dict, torch.Tensor]]:
-    """(columns to copy, pixel values [T, 3, H, W]) of each readable episode; the others are added to `damaged`."""
-    copied = [column for column in COPIED_COLUMNS if column in data.features]
-    stored_as_bytes = getattr(data.features[frame_column], "dtype", None) == "uint8"
-    data = data.select_columns(list(dict.fromkeys([frame_column, *copied]))).with_format("numpy")
-    for row in rows:
+    def part(self) -> torch.Tensor | None:
+        """The next pixel values [at most `size`, 3, H, W], which a thread has read already, or None at the end."""
+        if self._next is None:
+            return None
         try:
-            # Whatever goes wrong here, in a decoder or in our checks, is the fault of this row.
-            values = data[row]
-            episode = {"episode_id": ids[row]} | {column: np.asarray(values[column]) for column in copied}
-            frames = values[frame_column]
-            if stored_as_bytes:  # the numpy format turns every integer into int64
-                frames = np.asarray(frames, np.uint8)
-            frames = _checked_episode(frames, episode, is_state=draw is not None)
-            pixels = preprocess(frames) if draw is None else None
-        except Exception as error:
-            damaged.append({"episode_id": str(ids[row]), "reason": f"{type(error).__name__}: {error}"})
-            continue
-        yield episode, preprocess(draw(frames)) if pixels is None else pixels
+            pixels = self._next.result()
+        except (ImportError, EncoderMismatch):
+            raise
+        except Exception as error:  # whatever goes wrong in a decoder or in our checks is the fault of this video
+            self.error, pixels = error, None
+        self._next = None if pixels is None else self._pool.submit(next, self._steps, None)
+        return pixels
+
+    def take(self, output: dict, *place) -> None:
+        """Keep what the encoder returned for this video: `place` is where in [B, T]."""
+        self.slots.append(output["slots"][place])
+        if output["masks"] is not None:
+            self.masks.append(output["masks"][place])
 
 
-def _checked_episode(frames, episode: dict, *, is_state: bool) -> np.ndarray:
-    if frames is None or not len(frames):
-        raise ValueError("it has no frames")
-    for column, values in episode.items():
-        if column != "episode_id" and (values.ndim != 2 or len(values) != len(frames)):
-            raise ValueError(f"{column} has the shape {values.shape} for {len(frames)} frames (NaN where unknown)")
-    frames = np.asarray(frames)
-    if is_state:
-        if not np.isfinite(frames).all():
-            raise ValueError(f"state is not finite at frame {np.flatnonzero(~np.isfinite(frames).all(1))[0]}")
-    elif frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
-        raise ValueError(f"frames must be uint8 [T, H, W, 3] RGB, these are {frames.dtype} {frames.shape}")
-    return frames
+class EncoderMismatch(ValueError):
+    """No video of this source fits the encoder."""
+
+
+def encode_videos(
+    groups: Iterable[Sequence[Video]],
+    model: torch.nn.Module,
+    image_processor: Callable | None = None,
+    *,
+    batch_size: int = 64,
+    num_videos: int = 8,
+    seed: int = 0,
+    num_readers: int = 2,
+    update: Callable[[int], object] | None = None,
+    keep_masks: bool = False,
+) -> Iterator[list[Encoded]]:
+    """Encode groups of videos; batches never cross the border of a group, so its slots depend on nothing else.
+
+    Threads read, decode and preprocess the videos that come next while the encoder runs. Memory: the slots of one
+    group, and two batches of pixels for each video that is open.
+
+    - `model.memoryless` (or that of its config): frames of all videos share batches of `batch_size`.
+    - its forward takes `seeds` and `state`: `num_videos` videos of similar length go side by side, in parts of
+      `batch_size // num_videos` frames; `state` of one part goes into the next, so that long videos are whole.
+    - any other: a whole video at a time, after `torch.manual_seed`.
+
+    Yields:
+        For each group its videos in their order, as [`Encoded`].
+    """
+    memoryless = bool(getattr(model, "memoryless", getattr(getattr(model, "config", None), "memoryless", False)))
+    side_by_side = not memoryless and {"seeds", "state"} <= set(inspect.signature(model.forward).parameters)
+    size = max(1, batch_size // num_videos) if side_by_side else batch_size
+    update = update or (lambda count: None)
+    was_training = model.training
+    model.eval()
+    pool = ThreadPoolExecutor(num_readers)
+    preprocess = functools.partial(_pixel_values, image_processor=image_processor, model=model)
+
+    def ordered():
+        for group in groups:
+            order = (
+                sorted(range(len(group)), key=lambda i: _header(group[i])[0]) if side_by_side else range(len(group))
+            )
+            yield group, list(order)
+
+    # Two views of the same order: one opens videos ahead, the other takes them.
+    ahead, taken = itertools.tee(ordered())
+    to_open = (group[i] for group, order in ahead for i in order)
+    waiting: deque[Encoded] = deque()
+    in_advance = num_readers + (num_videos if side_by_side else 1)
+
+    def take() -> Encoded:
+        while len(waiting) < in_advance and (video := next(to_open, None)) is not None:
+            waiting.append(Encoded(video, pool, preprocess, size))
+        return waiting.popleft()
+
+    encode = functools.partial(_forward, model, keep_masks=keep_masks)
+    try:
+        for group, order in taken:
+            jobs = (take() for _ in order)
+            if memoryless:
+                done = _encode_frames(jobs, encode, batch_size, update)
+            elif side_by_side:
+                done = _encode_side_by_side(jobs, encode, num_videos, seed, update)
+            else:
+                done = _encode_one_by_one(jobs, encode, seed, update)
+            result: list = [None] * len(group)
+            for index, job in zip(order, done, strict=True):
+                result[index] = job
+            yield result
+    finally:
+        pool.shutdown(cancel_futures=True)
+        model.train(was_training)
+
+
+def _encode_frames(jobs, encode, batch_size, update) -> list[Encoded]:
+    """Batches of `batch_size` single frames, across the borders of videos."""
+    done: list[Encoded] = []
+    held: list[tuple[Encoded, torch.Tensor]] = []
+
+    def flush():
+        output = encode(torch.cat([pixels for _, pixels in held])[:, None])
+        first = 0
+        for job, pixels in held:
+            job.take(output, slice(first, first + len(pixels)), 0)
+            first += len(pixels)
+        update(first)
+        held.clear()
+
+    for job in jobs:
+        done.append(job)
+        while (pixels := job.part()) is not None:
+            if held and held[0][1].shape[1:] != pixels.shape[1:]:
+                flush()
+            while len(pixels):
+                count = batch_size - sum(len(p) for _, p in held)
+                held.append((job, pixels[:count]))
+                pixels = pixels[count:]
+                if count <= len(held[-1][1]):
+                    flush()
+    if held:
+        flush()
+    return done
+
+
+def _encode_side_by_side(jobs, encode, num_videos, seed, update) -> list[Encoded]:
+    done: list[Encoded] = []
+    while batch := list(itertools.islice(jobs, num_videos)):
+        done += batch
+        parts = [job.part() for job in batch]
+        batch = [job for job, part in zip(batch, parts) if part is not None]
+        parts = [part for part in parts if part is not None]
+        start = {"seeds": [_seed(seed, job.video) for job in batch]}
+        while any(part is not None for part in parts):
+            shapes = {tuple(part.shape[1:]) for part in parts if part is not None}
+            if len(shapes) > 1:
+                raise EncoderMismatch(
+                    f"videos of different frame sizes {sorted(shapes)} cannot be encoded side by side: give an "
+                    f"image_processor that resizes them, or num_videos=1"
+                )
+            longest = max(len(part) for part in parts if part is not None)
+            pixels = torch.zeros(len(batch), longest, *shapes.pop())
+            for row, part in zip(pixels, parts):
+                if part is not None:  # what is behind the end of a video is cut off afterwards
+                    row[: len(part)] = part
+            output = encode(pixels, **start)
+            for index, (job, part) in enumerate(zip(batch, parts)):
+                if part is not None:
+                    job.take(output, index, slice(0, len(part)))
+                    update(len(part))
+            start = {"state": output["state"]}
+            parts = [job.part() for job in batch]
+    return done
+
+
+def _encode_one_by_one(jobs, encode, seed, update) -> list[Encoded]:
+    done: list[Encoded] = []
+    for job in jobs:
+        done.append(job)
+        parts = list(iter(job.part, None))
+        if parts and job.error is None:
+            with torch.random.fork_rng():
+                torch.manual_seed(_seed(seed, job.video))
+                job.take(encode(torch.cat(parts)[None]), 0, slice(None))
+            update(sum(map(len, parts)))
+    return done
+
+
+def _seed(seed: int, video: Video) -> int:
+    """The same for a video in every run, batch and process."""
+    return zlib.crc32(f"{seed} {video.name}".encode())
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -319,6 +497,8 @@ def _open_encoder(encoder, revision, image_processor, device) -> tuple[torch.nn.
         # Slots are data: full precision, whatever the checkpoint was saved in. Pickled weights are refused.
         model = AutoModel.from_pretrained(name, revision=revision, dtype=torch.float32, use_safetensors=True)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if str(device) == "cuda" and "LOCAL_RANK" in os.environ:  # one of several processes
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
         files = ("preprocessor_config.json", "processor_config.json")
         if image_processor is None and (not Path(name).is_dir() or any((Path(name) / f).exists() for f in files)):
             try:
@@ -358,7 +538,7 @@ def _pixel_values(frames: np.ndarray, image_processor: Callable | None, model: t
         return pixels.reshape(-1, *pixels.shape[-3:])
     size = getattr(getattr(model, "config", None), "image_size", None)
     if isinstance(size, int) and frames.shape[1:3] != (size, size):
-        raise ValueError(
+        raise EncoderMismatch(
             f"frames are {frames.shape[1]} x {frames.shape[2]} pixels, the encoder takes {size} x {size}: pass its "
             f"image_processor, or render_resolution={size} if frames are drawn from states"
         )
@@ -366,49 +546,20 @@ def _pixel_values(frames: np.ndarray, image_processor: Callable | None, model: t
 
 
 @torch.inference_mode()
-def _forward(model: torch.nn.Module, pixels: torch.Tensor) -> np.ndarray:
-    """pixels [B, T, 3, H, W] -> slots float32 [B, T, N, D]."""
+def _forward(model: torch.nn.Module, pixels: torch.Tensor, *, keep_masks: bool = False, **start) -> dict:
+    """pixels [B, T, 3, H, W] -> numpy slots float32 [B, T, N, D], masks [B, T, N, H', W'] if kept, and the state."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    slots = model(pixel_values=pixels.to(device)).slots
+    output = model(pixel_values=pixels.to(device), **start)
+    slots, masks = output.slots, getattr(output, "masks", None)
     if slots.ndim != 4 or slots.shape[:2] != pixels.shape[:2]:
         raise ValueError(
             f"the encoder returned slots {tuple(slots.shape)} for pixel_values {tuple(pixels.shape)}; expected "
             f"[{pixels.shape[0]}, {pixels.shape[1]}, N, D]"
         )
-    return slots.float().cpu().numpy()
-
-
-def _encode_episodes(episodes: Iterable[tuple[dict, torch.Tensor]], model, batch_size: int) -> Iterator[dict]:
-    """One whole episode at a time, for encoders that carry slots from frame to frame."""
-    for episode, pixels in episodes:
-        # Some of these start from random slots: seeded by name, an episode gets the same ones in every run.
-        with torch.random.fork_rng():
-            torch.manual_seed(zlib.crc32(episode["episode_id"].encode()))
-            slots = _forward(model, pixels[None])[0]
-        yield episode | {"slots": slots}
-
-
-def _encode_batches(episodes: Iterable[tuple[dict, torch.Tensor]], model, batch_size: int) -> Iterator[dict]:
-    """Batches of `batch_size` single frames, across the borders of episodes."""
-    waiting: list[tuple[dict, int]] = []  # episodes whose last frames are not encoded yet
-    frames, slots = [], []
-
-    def encode(count: int) -> Iterator[dict]:
-        pixels = torch.cat(frames)
-        slots.extend(_forward(model, part[:, None])[:, 0] for part in pixels[:count].split(batch_size))
-        frames[:] = [pixels[count:]]
-        done = np.concatenate(slots)
-        while waiting and waiting[0][1] <= len(done):
-            episode, length = waiting.pop(0)
-            yield episode | {"slots": done[:length]}
-            done = done[length:]
-        slots[:] = [done]
-
-    for episode, pixels in episodes:
-        waiting.append((episode, len(pixels)))
-        frames.append(pixels)
-        count = sum(map(len, frames))
-        if count >= batch_size:
-            yield from encode(count - count % batch_size)
-    if waiting:
-        yield from encode(sum(map(len, frames)))
+    if keep_masks and masks is None:
+        raise ValueError(f"{type(model).__name__} returns no masks, which pictures of its slots need")
+    return {
+        "slots": slots.float().cpu().numpy(),
+        "masks": masks.float().cpu().numpy() if keep_masks else None,
+        "state": getattr(output, "state", None),
+    }

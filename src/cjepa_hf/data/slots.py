@@ -37,6 +37,7 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from urllib.parse import quote
 
 import datasets
 import numpy as np
@@ -64,6 +65,7 @@ SCHEMA_VERSION = 1
 METADATA_FILE = "slot_dataset.json"
 # Everything unfinished lives in this hidden folder, which `load_dataset` never reads.
 PARTIAL_FOLDER = ".partial"
+PREVIEW_FOLDER = "preview"  # pictures of masks, see `cjepa_hf.evaluation.preview`
 FLOAT_COLUMNS = ("actions", "proprio", "state")
 WINDOW_COLUMNS = ("slots", "actions", "proprio")
 
@@ -469,7 +471,9 @@ class SlotDatasetWriter:
                     f"{self.output_dir} holds an unfinished dataset that was made with other arguments "
                     f"({'; '.join(different)}). Repeat those arguments to go on, or choose another folder"
                 )
-        elif self.output_dir.exists() and any(p.name != PARTIAL_FOLDER for p in self.output_dir.iterdir()):
+        elif self.output_dir.exists() and any(
+            p.name not in (PARTIAL_FOLDER, PREVIEW_FOLDER) for p in self.output_dir.iterdir()
+        ):
             raise ValueError(f"{self.output_dir} is not empty and not an unfinished slot dataset: choose a new folder")
         else:
             partial.mkdir(parents=True, exist_ok=True)
@@ -478,8 +482,10 @@ class SlotDatasetWriter:
         moved = (self.output_dir / "data").exists()
         self._data = self.output_dir / "data" if moved else partial / "data"
         self._data.mkdir(exist_ok=True)
-        for path in self._data.glob("*.tmp"):
-            path.unlink()
+        self._read_finished()
+
+    def _read_finished(self) -> None:
+        self._finished = {}
         for path in self._files():
             names = pq.read_table(path, columns=["episode_id"]).column("episode_id").to_pylist()
             self._finished.setdefault(_split_of(path), set()).update(names)
@@ -499,20 +505,19 @@ class SlotDatasetWriter:
             ValueError: a column is missing, misshapen or of another length, slots are not finite, the name was used.
                 Nothing of the episode is kept; the writer can go on.
         """
-        if not re.fullmatch(r"\w+(\.\w+)*", split):
-            raise ValueError(f"split {split!r} is not a name that `datasets` accepts: use letters, digits and _")
-        episode = self._checked(split, episode)
+        _check_split_name(split)
+        waiting, name = self._waiting.get(split, []), episode.get("episode_id")
+        if name in self.finished(split) or any(name == other["episode_id"] for other in waiting):
+            raise ValueError(f"episode {name!r} was written before: episode_id must be unique in its split")
+        episode = self._checked(episode)
         self._waiting.setdefault(split, []).append(episode)
         if sum(len(e["slots"]) for e in self._waiting[split]) >= self.frames_per_file:
             self._flush(split)
 
-    def _checked(self, split: str, episode: Mapping) -> dict:
+    def _checked(self, episode: Mapping) -> dict:
         name = episode.get("episode_id")
         if not isinstance(name, str) or not name:
             raise ValueError(f"episode_id must be a non-empty string, it is {name!r}")
-        waiting = self._waiting.get(split, [])
-        if name in self.finished(split) or any(name == other["episode_id"] for other in waiting):
-            raise ValueError(f"episode {name!r} was written before: episode_id must be unique in its split")
         unknown = set(episode) - {"episode_id", "slots", *FLOAT_COLUMNS, "contacts"}
         if unknown or "slots" not in episode:
             raise ValueError(f"episode {name!r}: columns {sorted(episode)} do not follow the schema of slot datasets")
@@ -550,8 +555,47 @@ class SlotDatasetWriter:
 
     def _flush(self, split: str) -> None:
         episodes = self._waiting.get(split)
-        if not episodes:
-            return
+        if episodes:
+            self._write(self._data / f"{split}-{len(self._files(split)):05d}.parquet", episodes)
+            self._finished.setdefault(split, set()).update(e["episode_id"] for e in episodes)
+            self._waiting[split] = []
+
+    def write_file(
+        self, split: str, number: int, episodes: Iterable[Mapping], skipped: Sequence[Mapping] = ()
+    ) -> None:
+        """Write the whole file `number` of `split` at once; several processes may write different files.
+
+        Args:
+            episodes: as [`write`] takes them. Those that are refused are added to `skipped`.
+            skipped: `{"episode_id", "reason"}` of the episodes that belong here but are damaged.
+        """
+        _check_split_name(split)
+        good, skipped = [], list(skipped)
+        for episode in episodes:
+            try:
+                good.append(self._checked(episode))
+            except ValueError as error:
+                skipped.append({"episode_id": episode["episode_id"], "reason": str(error)})
+        if good:
+            self._write(self._data / f"{split}-{number:05d}.parquet", good)
+        # Last: this file says that the other one is complete.
+        listed = {"skipped": [{"split": split, **one} for one in skipped], "episodes": len(good)}
+        _write_text(self._note(split, number), json.dumps(listed))
+
+    def has_file(self, split: str, number: int) -> bool:
+        """Whether [`write_file`] has written this file (here or in another process, now or before an interruption)."""
+        return self._note(split, number).exists()
+
+    def _note(self, split: str, number: int) -> Path:
+        return self.output_dir / PARTIAL_FOLDER / f"{split}-{number:05d}.json"
+
+    def retry_damaged(self) -> None:
+        """Forget the files of which nothing could be used, so that the next run tries them again."""
+        for note in (self.output_dir / PARTIAL_FOLDER).glob("*-[0-9]*.json"):
+            if not json.loads(note.read_text(encoding="utf-8"))["episodes"]:
+                note.unlink()
+
+    def _write(self, path: Path, episodes: list[dict]) -> None:
         schema = self._features.arrow_schema
         columns = [
             pa.array([e["episode_id"] for e in episodes], pa.string())
@@ -561,7 +605,6 @@ class SlotDatasetWriter:
         ]
         table = pa.table(columns, schema=schema)
         row_bytes = table.nbytes / len(episodes)
-        path = self._data / f"{split}-{len(self._files(split)):05d}.parquet"
         temporary = path.with_suffix(".tmp")
         try:
             # Row groups of about 32 MB: what a reader that streams holds at once. Slots do not repeat: no dictionary.
@@ -573,13 +616,16 @@ class SlotDatasetWriter:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        self._finished.setdefault(split, set()).update(e["episode_id"] for e in episodes)
-        self._waiting[split] = []
 
     def close(self) -> Path:
         """Write what waits, the statistics, the card and the metadata; the dataset is complete afterwards."""
         for split in list(self._waiting):
             self._flush(split)
+        for path in self._data.glob("*.tmp"):  # of a process that was killed
+            path.unlink()
+        for note in sorted((self.output_dir / PARTIAL_FOLDER).glob("*-[0-9]*.json")):
+            self.skipped += json.loads(note.read_text(encoding="utf-8"))["skipped"]
+        self._read_finished()
         splits = sorted(self._finished, key=lambda split: (split != "train", split))
         if not splits:
             raise ValueError(f"no episode was written to {self.output_dir}: nothing to finish")
@@ -617,7 +663,7 @@ class SlotDatasetWriter:
         if self._data.parent != self.output_dir:
             os.rename(self._data, self.output_dir / "data")
             self._data = self.output_dir / "data"
-        _write_text(self.output_dir / "README.md", _card(metadata, self.output_dir.resolve().name))
+        _write_text(self.output_dir / "README.md", _card(metadata, self.output_dir))
         _write_text(self.output_dir / METADATA_FILE, json.dumps(metadata, indent=1) + "\n")
         shutil.rmtree(self.output_dir / PARTIAL_FOLDER)
         return self.output_dir
@@ -652,6 +698,11 @@ def writer_arguments(frame_skip, encoder=None, source=None, fps=None, units=None
         "dtype": dtype,
     }
     return json.loads(json.dumps(arguments))
+
+
+def _check_split_name(split: str) -> None:
+    if not re.fullmatch(r"\w+(\.\w+)*", split):
+        raise ValueError(f"split {split!r} is not a name that `datasets` accepts: use letters, digits and _")
 
 
 def fingerprint(value) -> str:
@@ -700,7 +751,12 @@ def _write_text(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def _card(metadata: dict, name: str) -> str:
+def _card(metadata: dict, folder: Path) -> str:
+    name = folder.resolve().name
+    pictures = sorted((folder / PREVIEW_FOLDER).glob("*.png"))
+    masks = "".join(f"![{path.stem}]({PREVIEW_FOLDER}/{quote(path.name)})\n" for path in pictures)
+    masks = f"\nFrames, and the slot that has most of each pixel:\n\n{masks}" if masks else ""
+    left_out = f"\n{len(metadata['skipped'])} damaged episodes were left out.\n" if metadata["skipped"] else ""
     files = "".join(f"  - split: {split}\n    path: data/{split}-*.parquet\n" for split in metadata["splits"])
     rows = "".join(
         f"| {split} | {count['num_episodes']} | {count['num_frames']} |\n"
@@ -727,7 +783,7 @@ One row per episode: `episode_id`, `slots` [T, {metadata["num_slots"]}, {metadat
 
 | split | episodes | frames |
 |---|---|---|
-{rows}
+{rows}{left_out}{masks}
 Units, statistics of the training split and the suggested frame skip are in `{METADATA_FILE}`.
 
 ```python
