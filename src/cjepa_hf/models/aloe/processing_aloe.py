@@ -9,17 +9,17 @@ from transformers import BatchFeature, ProcessorMixin
 QUESTION_TYPES = ("descriptive", "explanatory", "predictive", "counterfactual")
 
 # All words of CLEVRER's questions and options: token 1 + place in the list. Commas and 's belong to the word.
-CLEVRER_WORDS = (
-    "after and any are before begins between blue brown collide collides colliding collision collisions color cube "
-    "cube's cube, cubes cyan cylinder cylinder's cylinder, cylinders ends enter entering enters entrance event exit "
-    "exiting exits first following for gray green happen how if is last many material metal moving next not object "
-    "object's object, objects of presence purple red removed removed, responsible rubber scene second shape sphere "
-    "sphere's sphere, spheres stationary that the there to video what when which will with without yellow"
-).split()
+_WORDS = """
+after and any are before begins between blue brown collide collides colliding collision collisions color cube cube's
+cube, cubes cyan cylinder cylinder's cylinder, cylinders ends enter entering enters entrance event exit exiting exits
+first following for gray green happen how if is last many material metal moving next not object object's object, objects
+of presence purple red removed removed, responsible rubber scene second shape sphere sphere's sphere, spheres stationary
+that the there to video what when which will with without yellow
+"""
+CLEVRER_WORDS = tuple(_WORDS.split())
 # All answers to CLEVRER's descriptive questions: label 1 + place in the list.
-CLEVRER_ANSWERS = (
-    "0 1 2 3 4 5 blue brown cube cyan cylinder gray green metal no purple red rubber sphere yellow yes"
-).split()
+_ANSWERS = "0 1 2 3 4 5 blue brown cube cyan cylinder gray green metal no purple red rubber sphere yellow yes"
+CLEVRER_ANSWERS = tuple(_ANSWERS.split())
 
 
 class AloeProcessor(ProcessorMixin):
@@ -141,9 +141,14 @@ class AloeProcessor(ProcessorMixin):
     # ----------------------------------------------------------------------------------------------------- frames
 
     @property
+    def stride(self) -> int:
+        """Frames from one seen frame to the next: 5 with 25 of 128 frames."""
+        return self.observed_frames // self.num_frames
+
+    @property
     def num_starts(self) -> int:
-        """Number of first frames to choose from: with 25 of 128 frames the stride is 5 and the first is 0 ... 7."""
-        return self.observed_frames - (self.num_frames - 1) * (self.observed_frames // self.num_frames)
+        """Number of first frames to choose from: with 25 of 128 frames the first is 0 ... 7."""
+        return self.observed_frames - (self.num_frames - 1) * self.stride
 
     def frame_indices(
         self, length: int, question_type: str | None = None, start: int | np.ndarray | None = None
@@ -168,7 +173,7 @@ class AloeProcessor(ProcessorMixin):
             raise ValueError(f"start={start.tolist()} must be in 0 ... {self.num_starts - 1}.")
         imagined = length - self.observed_frames
         shift = imagined if question_type == "predictive" and imagined >= self.min_imagined_frames else 0
-        return start[..., None] + shift + np.arange(self.num_frames) * (self.observed_frames // self.num_frames)
+        return start[..., None] + shift + np.arange(self.num_frames) * self.stride
 
     # ---------------------------------------------------------------------------------------------------- batches
 

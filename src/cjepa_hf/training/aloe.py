@@ -1,0 +1,524 @@
+"""Trains ALOE to answer questions about videos from their slots: `examples/train_aloe.py`.
+
+Slots come from a slot dataset (one episode per video), questions from a file in CLEVRER's format. A second training with
+`--text_only true` sees no slots: what it answers is what the words alone give away, the baseline of every accuracy.
+"""
+
+import copy
+import json
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, make_dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from huggingface_hub import ModelCardData
+from torch import Tensor, nn
+from transformers.hf_argparser import HfArg
+
+from ..data.slots import SlotDataset, _frame_columns, load_slot_dataset
+from ..models.aloe import QUESTION_TYPES, AloeConfig, AloeForVideoQuestionAnswering, AloeProcessor
+from .arguments import TrainArguments, parse_arguments
+from .trainer import (
+    TrainResult,
+    create_hub_repository,
+    make_accelerator,
+    push_folder_to_hub,
+    save_model_folder,
+    train,
+)
+
+MODEL_INPUTS = ("slots", "input_ids", "attention_mask", "is_option", "video_index", "labels")
+
+
+@dataclass(kw_only=True)
+class AloeTrainArguments(TrainArguments):
+    """Arguments of the training of ALOE beside [`TrainArguments`] and the fields of [`AloeConfig`]."""
+
+    fixed_on_resume: ClassVar = (
+        *TrainArguments.fixed_on_resume,
+        "train_split",
+        "init_model",
+        "text_only",
+        "random_start",
+        "question_types",
+        "observed_frames",
+    )
+
+    # > Parameters that control the data
+    dataset: str = HfArg(
+        help="Slot dataset, a folder or the id of a dataset repository on the Hub: one episode per video, named as the "
+        "video is (video_00012, video_00012.mp4, 12_pixels.mp4 or 12)."
+    )
+    dataset_revision: str | None = HfArg(default=None, help="Branch, tag or commit of a dataset on the Hub.")
+    questions: str = HfArg(help="Questions to train on: a .json file in CLEVRER's format.")
+    validation_questions: str | None = HfArg(default=None, help="Questions to evaluate on; left out: no evaluation.")
+    train_split: str = HfArg(default="train", help="Split of the slot dataset that holds the training videos.")
+    validation_split: str = HfArg(default="validation", help="Split that holds the validation videos.")
+    question_types: str = HfArg(
+        default="all", help="all, or a comma-separated choice of " + ", ".join(QUESTION_TYPES) + "."
+    )
+    random_start: bool = HfArg(
+        default=True,
+        help="Draw the first of the frames that a question sees anew each time, as the released code does.",
+    )
+    observed_frames: int = HfArg(default=128, help="Frames of a video before imagined ones.")
+    unknown_word: str | None = HfArg(
+        default=None, help="A word of the vocabulary that stands for unknown ones; left out: they are an error."
+    )
+    text_only: bool = HfArg(default=False, help="Replace all slots by zeros: the text-only baseline.")
+
+    # > Parameters that control the model
+    init_model: str | None = HfArg(default=None, help="ALOE (folder or Hub id) whose weights training starts from.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.chosen_types()
+
+    def chosen_types(self) -> tuple[str, ...]:
+        """The question types to train on; ValueError for an unknown one."""
+        if self.question_types == "all":
+            return QUESTION_TYPES
+        chosen = tuple(self.question_types.replace(" ", "").split(","))
+        for name in chosen:
+            if name not in QUESTION_TYPES:
+                raise ValueError(
+                    f"question_types names {name!r}: expected all, or some of {', '.join(QUESTION_TYPES)}"
+                )
+        return chosen
+
+
+# Every field that AloeConfig itself declares, as text.
+CONFIG_FIELDS = [name for name in AloeConfig.__annotations__ if name != "model_type"]
+
+AloeConfigArguments = make_dataclass(
+    "AloeConfigArguments",
+    [
+        (name, str | None, HfArg(default=None, help=f"AloeConfig.{name}; default {getattr(AloeConfig, name)!r}"))
+        for name in CONFIG_FIELDS
+    ],
+    kw_only=True,
+    namespace={"__doc__": "The fields of [`AloeConfig`]; those left out keep their defaults or follow the data."},
+)
+
+
+def config_overrides(arguments: Any) -> dict[str, int | float]:
+    """The fields of [`AloeConfig`] that were given, as numbers (a file's values may have their types already)."""
+    overrides = {}
+    for name in CONFIG_FIELDS:
+        value = getattr(arguments, name)
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except json.JSONDecodeError:
+                raise ValueError(f"{name} must be a number, got {value!r}") from None
+        if value is not None:
+            overrides[name] = value
+    return overrides
+
+
+# --- data ----------------------------------------------------------------------------------------------------------
+
+
+def _load_questions(path: str | Path) -> list[dict[str, Any]]:
+    """Scenes of a CLEVRER question file: [{"scene_index", "video_filename", "questions": [...]}]."""
+    try:
+        scenes = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"cannot read the questions {path}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"the questions {path} are not JSON: {error}") from error
+    if not isinstance(scenes, list) or not all(isinstance(s, dict) and "questions" in s for s in scenes):
+        raise ValueError(f"the questions {path}: expected a list of scenes, each with a list `questions`")
+    return scenes
+
+
+def video_names(scene: Mapping[str, Any]) -> list[str]:
+    """Names under which the slots of a scene's video may be stored, the likeliest first."""
+    names = []
+    if scene.get("video_filename"):
+        path = Path(scene["video_filename"])
+        names += [path.stem, path.name]
+    if scene.get("scene_index") is not None:
+        number = scene["scene_index"]
+        names += [f"{number}_pixels.mp4", f"{number}_pixels", str(number)]
+    return names
+
+
+class QuestionDataset(torch.utils.data.Dataset):
+    """
+    Questions of one split with the slots of their videos, fetched in batches for [`AloeForVideoQuestionAnswering`].
+
+    Args:
+        dataset: indexable slot dataset with one episode per video (names: `video_names`).
+        scenes: as a CLEVRER question file holds them.
+        processor: tokenizes, and chooses the frames.
+        question_types: those to take.
+        random_start: draw the first frame by torch's generator at every access; else the middle one.
+        text_only: zeros in place of all slots.
+
+    A batch of B questions with S text sequences (one per descriptive question, one per option) is a dict: `slots`
+    float32 [B, T, N, D], `input_ids` int64 [S, L], `attention_mask` bool [S, L], `is_option` bool [S], `video_index`
+    int64 [S] (the question in the batch), `labels` int64 [S] (answer, or 1 / 0 for correct / wrong; -1 = unknown) and
+    `question_type` int64 [B], the place in `QUESTION_TYPES`.
+
+    Attributes:
+        scenes, questions: for each item its scene and its question, as in the file.
+        missing_videos: names of videos with questions but without slots; their questions are left out.
+
+    Raises `ValueError` for questions that are malformed, outside the vocabulary or too long (naming scene and question),
+    for videos too short, and where no video has slots.
+    """
+
+    def __init__(
+        self,
+        dataset: SlotDataset,
+        scenes: Iterable[Mapping[str, Any]],
+        processor: AloeProcessor,
+        *,
+        question_types: Sequence[str] = QUESTION_TYPES,
+        random_start: bool = False,
+        text_only: bool = False,
+    ):
+        self.dataset, self.processor = dataset, processor
+        self.random_start, self.text_only = random_start, text_only
+        episodes = {name: place for place, name in enumerate(dataset.data.with_format(None)["episode_id"])}
+        self.scenes, self.questions, self.missing_videos = [], [], []
+        texts, labels, episode, types, shifts = [], [], [], [], []
+        for scene in scenes:
+            names = video_names(scene)
+            place = next((episodes[name] for name in names if name in episodes), None)
+            if place is None:
+                self.missing_videos.append(names[0] if names else "(a scene without a name)")
+                continue
+            length = int(dataset.lengths[place])
+            for question in scene["questions"]:
+                try:
+                    kind = question["question_type"]
+                    if kind not in QUESTION_TYPES:
+                        raise ValueError(f"question type {kind!r}: expected one of {', '.join(QUESTION_TYPES)}")
+                    if kind not in question_types:
+                        continue
+                    text, label = self._encode(question)
+                    shift = processor.frame_indices(length, kind, 0)[0]
+                except (ValueError, KeyError, TypeError) as error:
+                    reason = f"it has no {error}" if isinstance(error, KeyError) else error
+                    number = question.get("question_id") if isinstance(question, Mapping) else question
+                    raise ValueError(f"question {number} of {names[0]}: {reason}") from error
+                self.scenes.append(scene)
+                self.questions.append(question)
+                texts.append(text)
+                labels += label
+                episode.append(place)
+                types.append(QUESTION_TYPES.index(kind))
+                shifts.append(shift)
+        if not self.questions:
+            known = ", ".join(list(episodes)[:3])
+            wanted = ", ".join(self.missing_videos[:3])
+            raise ValueError(
+                f"no question to ask about {dataset.name}: its episodes are named {known}, ..."
+                + (f"; the questions are about {wanted}, ..." if wanted else "; the file has none of these types")
+            )
+        self.counts = np.array([len(text) for text in texts])
+        self.first = np.cumsum(self.counts) - self.counts
+        self.tokens = np.concatenate(texts).astype(np.int32)
+        self.labels = np.array(labels, np.int64)
+        self.episode, self.types = np.array(episode), np.array(types)
+        self.frames = np.array(shifts)[:, None] + np.arange(processor.num_frames) * processor.stride
+        self._slots = _frame_columns(dataset.data, ["slots"])["slots"]
+
+    def _encode(self, question: Mapping[str, Any]) -> tuple[np.ndarray, list[int]]:
+        if question["question_type"] == "descriptive":
+            answer = question.get("answer")
+            label = -1 if answer is None else self.processor.answer_label(str(answer))
+            return self.processor.encode_question(question["question"]), [label]
+        choices = question["choices"]
+        text = self.processor.encode_question(question["question"], [choice["choice"] for choice in choices])
+        known = {"correct": 1, "wrong": 0, None: -1}
+        for choice in choices:
+            if choice.get("answer") not in known:
+                raise ValueError(f"an option's answer is {choice['answer']!r}: expected correct or wrong")
+        return text, [known[choice.get("answer")] for choice in choices]
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+    def __getstate__(self) -> dict:
+        # Views would be pickled as copies; the dataset is pickled as the paths of its memory-mapped files.
+        return {key: value for key, value in self.__dict__.items() if key != "_slots"}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._slots = _frame_columns(self.dataset.data, ["slots"])["slots"]
+
+    def select(self, indices: Iterable[int]) -> "QuestionDataset":
+        """The questions `indices`, in that order."""
+        indices = np.asarray(list(indices), np.int64)
+        part = copy.copy(self)
+        part.scenes = [self.scenes[i] for i in indices]
+        part.questions = [self.questions[i] for i in indices]
+        for name in ("counts", "first", "episode", "types", "frames"):
+            setattr(part, name, getattr(self, name)[indices])
+        return part
+
+    def _rows(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The text sequences of questions `indices` [B], int64 [S], and the place in `indices` of each."""
+        counts = self.counts[indices]
+        before = np.cumsum(counts) - counts
+        rows = np.repeat(self.first[indices] - before, counts) + np.arange(counts.sum())
+        return rows, np.repeat(np.arange(len(indices)), counts)
+
+    def known_labels(self) -> np.ndarray:
+        """Labels int64 of all text sequences, in order."""
+        return self.labels[self._rows(np.arange(len(self)))[0]]
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        indices = np.asarray(indices, np.int64)
+        rows, question = self._rows(indices)
+        tokens = torch.from_numpy(self.tokens[rows].astype(np.int64))
+        shape = (len(indices), self.processor.num_frames, *self._slots.shape)
+        if self.text_only:
+            slots = torch.zeros(shape)
+        else:
+            starts = self.processor.num_starts
+            start = torch.randint(starts, (len(indices), 1)).numpy() if self.random_start else (starts - 1) // 2
+            slots = torch.from_numpy(self._slots.gather(self.episode[indices], self.frames[indices] + start))
+        types = torch.from_numpy(self.types[indices])
+        question = torch.from_numpy(question)
+        return {
+            "slots": slots,
+            "input_ids": tokens,
+            "attention_mask": tokens != 0,
+            "is_option": (types != QUESTION_TYPES.index("descriptive"))[question],
+            "video_index": question,
+            "labels": torch.from_numpy(self.labels[rows]),
+            "question_type": types,
+        }
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return self.__getitems__([index])
+
+    @staticmethod
+    def collate(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`__getitems__` has made the batch already."""
+        return batch
+
+
+# --- objective and metrics -----------------------------------------------------------------------------------------
+
+
+def question_loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Cross entropy of the answers plus binary cross entropy of the options, each the mean over its own sequences."""
+    output = model(**{name: batch[name] for name in MODEL_INPUTS})
+    return output.loss, {"answer_loss": output.answer_loss.detach(), "option_loss": output.option_loss.detach()}
+
+
+def right_sequences(output: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """
+    What a batch got right: bool [S] of every answer and option, and bool [B] of every question (all of its options). An
+    option counts as correct above 0; the answer is the best one, padding left out.
+    """
+    answered = output.answer_logits[:, 1:].argmax(-1) + 1 == batch["labels"]
+    chosen = (output.option_logits > 0) == (batch["labels"] == 1)
+    right = torch.where(batch["is_option"], chosen, answered)
+    wrong = torch.zeros(len(batch["question_type"]), device=right.device).index_add_(
+        0, batch["video_index"], (~right).float()
+    )
+    return right, wrong == 0
+
+
+def question_metrics(dataset: QuestionDataset) -> Callable[[nn.Module, dict[str, Tensor]], dict[str, Tensor]]:
+    """
+    Accuracies whose means over the questions of `dataset` are: `accuracy` of all questions (as the paper's average:
+    weighted by their number), `<type>_accuracy` per question (all options right) and `<type>_option_accuracy`.
+    """
+    questions = np.bincount(dataset.types, minlength=len(QUESTION_TYPES))
+    options = np.bincount(dataset.types, weights=dataset.counts, minlength=len(QUESTION_TYPES))
+    if (dataset.known_labels() < 0).any():
+        raise ValueError("the validation questions have no answers: evaluate on a split that has them")
+
+    def metric_fn(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        output = model(**{name: batch[name] for name in MODEL_INPUTS})
+        right, solved = right_sequences(output, batch)
+        types, batch_size = batch["question_type"], len(batch["question_type"])
+        metrics = {"loss": output.loss, "accuracy": solved.double().mean()}
+        for kind, name in enumerate(QUESTION_TYPES):
+            if questions[kind]:
+                # the trainer weights batches by their questions: scaled so that this gives the mean over the type
+                scale = len(dataset) / batch_size
+                metrics[f"{name}_accuracy"] = (solved & (types == kind)).sum().double() * (scale / questions[kind])
+                if name != "descriptive":
+                    hits = (right & (types == kind)[batch["video_index"]]).sum().double()
+                    metrics[f"{name}_option_accuracy"] = hits * (scale / options[kind])
+        return metrics
+
+    return metric_fn
+
+
+# --- from arguments to a trained folder ----------------------------------------------------------------------------
+
+
+def build_model(
+    args: AloeTrainArguments, overrides: Mapping[str, Any], dataset: SlotDataset
+) -> tuple[AloeForVideoQuestionAnswering, AloeProcessor]:
+    """The model to train, sized by the slots, and its processor. ValueError where they contradict `overrides`."""
+    if args.init_model:
+        processor = AloeProcessor.from_pretrained(args.init_model)
+        model = AloeForVideoQuestionAnswering.from_pretrained(
+            args.init_model, use_safetensors=True, dtype=torch.float32
+        )
+        found = {name: getattr(model.config, name) for name in CONFIG_FIELDS}
+        found |= {"num_slots": dataset.num_slots, "slot_size": dataset.slot_size}
+        for name, value in (found | dict(overrides)).items():
+            if getattr(model.config, name) != value:
+                raise ValueError(f"{args.init_model} has {name}={getattr(model.config, name)}, expected {value}")
+        return model, processor
+    fields = {"num_slots": dataset.num_slots, "slot_size": dataset.slot_size}
+    words = AloeProcessor()
+    fields |= {"vocab_size": len(words.words) + 1, "num_answers": len(words.answers) + 1}
+    for name, value in fields.items():
+        if overrides.get(name, value) != value:
+            raise ValueError(f"{name}={overrides[name]}, but the data have {value}: leave {name} out")
+    config = AloeConfig(**fields | dict(overrides))
+    processor = AloeProcessor(
+        max_question_length=config.max_question_length,
+        max_choice_length=config.max_choice_length,
+        num_frames=config.num_frames,
+        observed_frames=args.observed_frames,
+        unknown_word=args.unknown_word,
+    )
+    return AloeForVideoQuestionAnswering(config), processor
+
+
+def main(argv: Sequence[str] | None = None) -> TrainResult:
+    """Trains as the command line `argv` (default: `sys.argv[1:]`) says and leaves the model in `--output_dir`."""
+    args, config_arguments = parse_arguments([AloeTrainArguments, AloeConfigArguments], argv, description=__doc__)
+    overrides = config_overrides(config_arguments)
+    accelerator = make_accelerator(args)
+    scenes = _load_questions(args.questions)
+    validation_scenes = _load_questions(args.validation_questions) if args.validation_questions else None
+    with accelerator.main_process_first():  # the first process prepares the memory-mapped files
+        slots = load_slot_dataset(args.dataset, args.train_split, revision=args.dataset_revision)
+        validation_slots = None
+        if validation_scenes is not None:
+            validation_slots = load_slot_dataset(args.dataset, args.validation_split, revision=args.dataset_revision)
+    torch.manual_seed(args.seed)
+    model, processor = build_model(args, overrides, slots)
+    options = {"question_types": args.chosen_types(), "text_only": args.text_only}
+    questions = QuestionDataset(slots, scenes, processor, random_start=args.random_start, **options)
+    if (questions.known_labels() < 0).any():
+        raise ValueError(f"{args.questions} holds questions without answers: train on a split that has them")
+    validation = None
+    if validation_slots is not None:
+        validation = QuestionDataset(validation_slots, validation_scenes, processor, **options)
+        if args.eval_samples and args.eval_samples < len(validation):
+            chosen = np.random.default_rng(0).permutation(len(validation))[: args.eval_samples]
+            validation = validation.select(np.sort(chosen))
+    if accelerator.is_main_process:
+        for name, part in (("training", questions), ("validation", validation)):
+            if part is not None and part.missing_videos:
+                names = ", ".join(part.missing_videos[:3])
+                print(f"{len(part.missing_videos)} {name} videos have no slots: {names}, ...", file=sys.stderr)
+        if args.push_to_hub:
+            create_hub_repository(args)
+    try:
+        result = train(
+            model,
+            questions,
+            validation,
+            question_loss,
+            args,
+            metric_fn=question_metrics(validation) if validation is not None else None,
+            accelerator=accelerator,
+        )
+    except KeyboardInterrupt as interrupt:
+        raise SystemExit(f"stopped: {interrupt}") from None
+    if accelerator.is_main_process:
+        _save(model, processor, args, overrides, slots, questions, validation, result)
+        if args.push_to_hub:
+            print(push_folder_to_hub(args), file=sys.stderr)
+    accelerator.wait_for_everyone()
+    return result
+
+
+def _save(model, processor, args, overrides, slots, questions, validation, result) -> None:
+    results = {
+        "step": result.step,
+        "training_seconds": round(result.seconds, 1),
+        "training_questions": len(questions),
+        "validation": result.metrics,
+        "validation_questions": 0 if validation is None else len(validation),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        # a folder's place on this machine means nothing elsewhere
+        "dataset": Path(args.dataset).name if Path(args.dataset).exists() else args.dataset,
+        "dataset_revision": args.dataset_revision,
+        "slot_encoder": slots.metadata.get("encoder"),
+    }
+    arguments = {name: value for name, value in asdict(args).items() if value is not None}
+    files = {
+        "processor_config.json": processor.to_json_string(),
+        "training_args.json": json.dumps(arguments | dict(overrides), indent=2),  # can be given back as first argument
+        "training_results.json": json.dumps(results, indent=2),
+        "README.md": model_card(model, args, results),
+    }
+    save_model_folder(model, args.output_dir, files)
+
+
+def model_card(model: AloeForVideoQuestionAnswering, args: AloeTrainArguments, results: Mapping[str, Any]) -> str:
+    """README.md of a trained folder: what it is, how it was trained, what was measured."""
+    config = model.config
+    data = ModelCardData(
+        license="apache-2.0",
+        library_name="cjepa_hf",
+        pipeline_tag="visual-question-answering",
+        tags=["c-jepa", "aloe"],
+    )
+    name = args.hub_model_id or Path(args.output_dir).resolve().name
+    encoder = (results["slot_encoder"] or {}).get("name")
+    sees = "no slots at all: the text-only baseline" if args.text_only else f"{config.num_frames} frames of a video"
+    lines = [
+        "---",
+        data.to_yaml(),
+        "---",
+        "",
+        f"# {name}",
+        "",
+        f"ALOE ([paper](https://arxiv.org/abs/2012.08508)) answers CLEVRER's questions about a video from its "
+        f"{config.num_slots} object slots of size {config.slot_size}. It sees {sees}.",
+        "",
+        "```python",
+        "import cjepa_hf",
+        "from cjepa_hf import AloeForVideoQuestionAnswering, AloeProcessor",
+        "",
+        f'model = AloeForVideoQuestionAnswering.from_pretrained("{name}")',
+        f'processor = AloeProcessor.from_pretrained("{name}")',
+        "```",
+        "",
+        "## Training",
+        "",
+        f"- slots: `{results['dataset']}`, split `{args.train_split}`" + (f", by `{encoder}`" if encoder else ""),
+        f"- {results['training_questions']:,} questions ({args.question_types}), {results['step']} steps of "
+        f"{args.batch_size} questions, {args.optimizer}, seed {args.seed}, {results['training_seconds'] / 60:.1f} minutes",
+        f"- {results['parameters']:,} parameters, {config.num_hidden_layers} layers",
+        "- all arguments: `training_args.json`",
+        "",
+    ]
+    if results["validation"]:
+        lines += [
+            "## Validation",
+            "",
+            f"On {results['validation_questions']:,} questions. A multiple-choice question is right when all of its "
+            "options are; `accuracy` weights the types by their questions.",
+            "",
+            "| metric | value |",
+            "|---|---|",
+            *(f"| {metric} | {value:.4g} |" for metric, value in results["validation"].items()),
+            "",
+        ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,318 @@
+"""Training of ALOE: what a batch holds, and that a tiny task is learned from slots and not from words."""
+
+import json
+import pickle
+import runpy
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+
+from cjepa_hf.data.slots import load_slot_dataset, write_slot_dataset
+from cjepa_hf.models.aloe import AloeConfig, AloeForVideoQuestionAnswering, AloeProcessor
+from cjepa_hf.training.aloe import (
+    AloeTrainArguments,
+    QuestionDataset,
+    build_model,
+    main,
+    question_loss,
+    question_metrics,
+)
+from cjepa_hf.training.arguments import parse_arguments
+from cjepa_hf.training.trainer import read_log
+
+COLORS = ("red", "blue", "green", "cyan")
+FRAMES, N, D = 8, 3, 6
+TINY = dict(num_frames=2, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+TINY |= dict(hidden_dropout=0, attention_dropout=0, word_embedding_size=12, answer_hidden_size=32)
+TEXT = dict(max_question_length=8, max_choice_length=8)
+
+
+def video(index: int) -> tuple[dict, dict]:
+    """Slots that each show one color (dimension = color), and questions about which colors there are."""
+    rng = np.random.default_rng(index)
+    shown = rng.choice(4, rng.integers(1, N + 1), replace=False)
+    slots = np.zeros((FRAMES, N, D), np.float32)
+    slots[:, np.arange(len(shown)), shown] = 3
+    slots[..., -1] = np.arange(FRAMES)[:, None] / FRAMES
+    episode = {"episode_id": f"video_{index:05d}", "slots": slots}
+    questions = []
+    for number, color in enumerate(rng.choice(4, 2, replace=False)):
+        question = {"question_id": number, "question_type": "descriptive", "question_subtype": "exist"}
+        question |= {"question": f"Are there any {COLORS[color]} objects?"}
+        questions.append(question | {"answer": "yes" if color in shown else "no"})
+    choices = [
+        {
+            "choice_id": number,
+            "choice": f"The {COLORS[color]} cube collides with the sphere",
+            "answer": "correct" if color in shown else "wrong",
+        }
+        for number, color in enumerate(rng.choice(4, rng.integers(2, 4), replace=False))
+    ]
+    kind = ("counterfactual", "predictive")[index % 2]
+    text = ("Without the metal cylinder, what will happen?", "What will happen next?")[index % 2]
+    questions.append({"question_id": 2, "question": text, "question_type": kind, "choices": choices})
+    return episode, {"scene_index": index, "video_filename": f"video_{index:05d}.mp4", "questions": questions}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Folder with `slots`, train.json and validation.json."""
+    root = tmp_path_factory.mktemp("aloe")
+    splits = {"train": range(300), "validation": range(10000, 10060)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", root / "cache")
+        episodes = {name: (video(index)[0] for index in numbers) for name, numbers in splits.items()}
+        write_slot_dataset(root / "slots", episodes, frame_skip=1, encoder={"name": "hand-made"})
+        for name, numbers in splits.items():
+            (root / f"{name}.json").write_text(json.dumps([video(index)[1] for index in numbers]))
+        yield root
+
+
+def command(data, output, *more: str) -> list[str]:
+    words = f"--dataset {data}/slots --questions {data}/train.json --validation_questions {data}/validation.json "
+    words += f"--output_dir {output} --observed_frames {FRAMES} --max_steps 100 --batch_size 32 --optimizer muon "
+    words += (
+        "--muon_learning_rate 0.01 --learning_rate 3e-3 --warmup_steps 10 --eval_every 0 --save_every 50 --use_cpu "
+    )
+    words += " ".join(f"--{name} {value}" for name, value in {**TINY, **TEXT}.items())
+    return [*words.split(), *more]
+
+
+def read(path) -> list[dict]:
+    return json.loads(Path(path).read_text())
+
+
+def test_training_learns_from_the_slots_and_the_folder_loads(data, tmp_path):
+    output = tmp_path / "model"
+    result = main(command(data, output))
+    log = [line["loss"] for line in read_log(output / "log.jsonl") if "loss" in line]
+    assert log[-1] < 0.3 * log[0]
+    metrics = result.metrics
+    assert metrics["accuracy"] > 0.9 and metrics["descriptive_accuracy"] > 0.9
+    assert metrics["predictive_option_accuracy"] > 0.9 and metrics["predictive_accuracy"] > 0.8
+
+    model = AloeForVideoQuestionAnswering.from_pretrained(output).eval()
+    processor = AloeProcessor.from_pretrained(output)
+    assert model.config.num_slots == N and processor.observed_frames == FRAMES and processor.num_frames == 2
+    slots = torch.zeros(FRAMES, N, D)
+    slots[:, 0, COLORS.index("blue")] = 3
+    slots[..., -1] = torch.arange(FRAMES)[:, None] / FRAMES
+    inputs = processor(slots, ["Are there any blue objects?", "Are there any red objects?"])
+    answers = processor.post_process_answers(model(**inputs), inputs)
+    assert [answer["answer"] for answer in answers] == ["yes", "no"]
+    assert read(output / "training_results.json")["validation"] == metrics
+    card = (output / "README.md").read_text()
+    assert "descriptive_accuracy" in card and "hand-made" in card
+
+
+def test_without_slots_the_same_training_stays_near_chance(data, tmp_path):
+    result = main(command(data, tmp_path / "blind", "--text_only", "true", "--max_steps", "60"))
+    assert result.metrics["descriptive_accuracy"] < 0.7 and result.metrics["accuracy"] < 0.6
+    assert "text-only baseline" in (tmp_path / "blind" / "README.md").read_text()
+
+
+def test_a_killed_run_continues_bit_for_bit(data, tmp_path):
+    more = ["--lr_scheduler", "constant", "--hidden_dropout", "0.1", "--max_steps"]
+    main(command(data, tmp_path / "parts", *more, "4"))
+    main(command(data, tmp_path / "whole", *more, "8"))
+    resumed = main(command(data, tmp_path / "parts", *more, "8"))
+    assert resumed.resumed_from is not None and resumed.step == 8
+    first, second = (
+        AloeForVideoQuestionAnswering.from_pretrained(tmp_path / name).state_dict() for name in ("parts", "whole")
+    )
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    with pytest.raises(ValueError, match="text_only"):
+        main(command(data, tmp_path / "parts", *more, "9", "--text_only", "true"))
+
+
+def test_the_example_runs_the_shared_loop(data, tmp_path, monkeypatch):
+    script = Path(__file__).parents[2] / "examples" / "train_aloe.py"
+    monkeypatch.setattr(sys, "argv", [str(script), *command(data, tmp_path / "example", "--max_steps", "2")])
+    runpy.run_path(str(script), run_name="__main__")
+    assert (tmp_path / "example" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["small", "clevrer"])
+def test_the_configurations_of_the_examples_parse(name):
+    from cjepa_hf.training.aloe import AloeConfigArguments, config_overrides
+
+    path = Path(__file__).parents[2] / "examples" / "aloe" / f"{name}.yaml"
+    more = ["--dataset", "x", "--questions", "x", "--output_dir", "x"]
+    args, config = parse_arguments([AloeTrainArguments, AloeConfigArguments], [str(path), *more])
+    model = AloeForVideoQuestionAnswering(AloeConfig(**config_overrides(config)))
+    parameters = sum(p.numel() for p in model.parameters())
+    assert parameters == 2_879_427 if name == "clevrer" else parameters < 1_500_000
+    assert args.max_steps > args.warmup_steps
+
+
+# --- batches -------------------------------------------------------------------------------------------------------
+
+
+def dataset_of(data, split="validation", processor=None, **options) -> QuestionDataset:
+    processor = processor or AloeProcessor(num_frames=2, observed_frames=FRAMES)
+    return QuestionDataset(
+        load_slot_dataset(data / "slots", split), read(data / f"{split}.json"), processor, **options
+    )
+
+
+def test_a_batch_equals_the_processor_question_by_question(data):
+    questions = dataset_of(data)
+    chosen = [0, 2, 5, 7]
+    batch = questions.__getitems__(chosen)
+    counts = [len(questions.questions[i].get("choices", [0])) for i in chosen]
+    assert batch["video_index"].tolist() == np.repeat(np.arange(4), counts).tolist()
+    rows = 0
+    for place, index in enumerate(chosen):
+        scene, question = questions.scenes[index], questions.questions[index]
+        options = [choice["choice"] for choice in question["choices"]] if "choices" in question else None
+        slots = torch.from_numpy(video(scene["scene_index"])[0]["slots"])
+        one = questions.processor(slots, question["question"], options, question["question_type"])
+        part = slice(rows, rows + counts[place])
+        torch.testing.assert_close(batch["slots"][place], one["slots"][0])
+        assert torch.equal(batch["input_ids"][part], one["input_ids"])
+        assert torch.equal(batch["attention_mask"][part], one["attention_mask"].bool())
+        assert torch.equal(batch["is_option"][part], one["is_option"])
+        if options is None:
+            expected = [questions.processor.answer_label(question["answer"])]
+        else:
+            expected = [int(choice["answer"] == "correct") for choice in question["choices"]]
+        assert batch["labels"][part].tolist() == expected
+        rows = part.stop
+    assert rows == len(batch["labels"])
+
+
+def test_predictive_questions_see_the_imagined_frames_and_only_they(data):
+    processor = AloeProcessor(num_frames=2, observed_frames=4, min_imagined_frames=4)
+    questions = dataset_of(data, processor=processor)
+    batch = questions.__getitems__(range(len(questions)))
+    frames = batch["slots"][:, :, 0, -1]
+    predictive = batch["question_type"] == 2
+    assert (frames[predictive] == torch.tensor([4.0, 6.0]) / FRAMES).all() and predictive.any()
+    assert (frames[~predictive] == torch.tensor([0.0, 2.0]) / FRAMES).all()
+
+
+def test_random_starts_cover_all_first_frames_and_the_default_repeats(data):
+    torch.manual_seed(0)
+    random = dataset_of(data, random_start=True)
+    first = torch.cat([random.__getitems__(range(100))["slots"][:, 0, 0, -1] for _ in range(3)]) * FRAMES
+    assert random.processor.num_starts == 4 and set(first.tolist()) == {0.0, 1.0, 2.0, 3.0}
+    fixed = dataset_of(data)
+    assert (fixed.__getitems__(range(100))["slots"][:, 0, 0, -1] * FRAMES == 1).all()
+
+
+def test_a_pickled_or_selected_dataset_gives_the_same_batches(data):
+    questions = dataset_of(data)
+    expected = questions.__getitems__([3, 8])
+    for same in (
+        pickle.loads(pickle.dumps(questions)).__getitems__([3, 8]),
+        questions.select([3, 8]).__getitems__([0, 1]),
+    ):
+        assert all(torch.equal(expected[name], same[name]) for name in expected)
+
+
+def test_metrics_are_means_over_questions_and_options_whatever_the_batches(data):
+    questions = dataset_of(data)
+    torch.manual_seed(0)
+    model = AloeForVideoQuestionAnswering(AloeConfig(num_slots=N, slot_size=D, **TINY)).eval()
+    metric_fn = question_metrics(questions)
+    totals = {}
+    for first in range(0, len(questions), 7):
+        indices = range(first, min(first + 7, len(questions)))
+        with torch.no_grad():
+            for name, value in metric_fn(model, questions.__getitems__(indices)).items():
+                totals[name] = totals.get(name, 0) + float(value) * len(indices) / len(questions)
+    with torch.no_grad():
+        batch = questions.__getitems__(range(len(questions)))
+        output = model(**{name: batch[name] for name in batch if name != "question_type"})
+    solved, hits, kinds = [], [], []
+    for index in range(len(questions)):
+        rows = batch["video_index"] == index
+        if "choices" in questions.questions[index]:
+            hits.append(((output.option_logits[rows] > 0) == (batch["labels"][rows] == 1)).tolist())
+        else:
+            hits.append([output.answer_logits[rows][0, 1:].argmax() + 1 == batch["labels"][rows][0]])
+        solved.append(all(hits[-1]))
+        kinds.append(questions.questions[index]["question_type"])
+    assert totals["accuracy"] == pytest.approx(np.mean(solved))
+    for kind in ("descriptive", "predictive", "counterfactual"):
+        of_kind = [index for index, name in enumerate(kinds) if name == kind]
+        assert totals[f"{kind}_accuracy"] == pytest.approx(np.mean([solved[i] for i in of_kind]))
+        if kind != "descriptive":
+            options = np.concatenate([hits[i] for i in of_kind])
+            assert totals[f"{kind}_option_accuracy"] == pytest.approx(options.mean())
+
+
+def test_the_loss_function_is_the_models_loss(data):
+    questions = dataset_of(data)
+    model = AloeForVideoQuestionAnswering(AloeConfig(num_slots=N, slot_size=D, **TINY)).eval()
+    loss, terms = question_loss(model, questions.__getitems__(range(6)))
+    assert loss.item() == pytest.approx((terms["answer_loss"] + terms["option_loss"]).item())
+    assert set(terms) == {"answer_loss", "option_loss"} and loss.requires_grad
+
+
+# --- bad input -----------------------------------------------------------------------------------------------------
+
+
+def test_questions_that_cannot_be_asked_name_their_scene(data):
+    slots = load_slot_dataset(data / "slots", "validation")
+    processor = AloeProcessor(num_frames=2, observed_frames=FRAMES)
+
+    def with_question(**changes):
+        scene = video(10000)[1]
+        scene["questions"][2] |= changes
+        return [scene]
+
+    cases = [
+        ({"question": "What will occur next?"}, "question 2 of video_10000: unknown word 'occur'"),
+        ({"question_type": "odd"}, "question type 'odd'"),
+        ({"choices": []}, "at least one"),
+        ({"question": " ".join(["the"] * 21)}, "at most 20 fit"),
+        ({"choices": [{"choice": "The cube", "answer": "maybe"}]}, "expected correct or wrong"),
+    ]
+    for changes, message in cases:
+        with pytest.raises(ValueError, match=message):
+            QuestionDataset(slots, with_question(**changes), processor)
+    scene = video(10000)[1]
+    del scene["questions"][2]["choices"]
+    with pytest.raises(ValueError, match="has no 'choices'"):
+        QuestionDataset(slots, [scene], processor)
+    with pytest.raises(ValueError, match="expected at least observed_frames=128"):
+        QuestionDataset(slots, [video(10000)[1]], AloeProcessor())
+    with pytest.raises(ValueError, match="its episodes are named video_10000"):
+        QuestionDataset(slots, [video(77)[1]], processor)
+    found = QuestionDataset(slots, [video(77)[1], video(10000)[1]], processor)
+    assert found.missing_videos == ["video_00077"] and len(found) == 3
+
+
+def test_training_refuses_unanswered_questions_and_contradictions(data, tmp_path):
+    scenes = read(data / "train.json")
+    del scenes[0]["questions"][0]["answer"]
+    (tmp_path / "test.json").write_text(json.dumps(scenes))
+    with pytest.raises(ValueError, match="without answers"):
+        main(command(data, tmp_path / "x", "--questions", str(tmp_path / "test.json")))
+    with pytest.raises(ValueError, match="num_slots=4, but the data have 3"):
+        main(command(data, tmp_path / "x", "--num_slots", "4"))
+    with pytest.raises(ValueError, match="expected all, or some of descriptive"):
+        main(command(data, tmp_path / "x", "--question_types", "predictiv"))
+    with pytest.raises(ValueError, match="hidden_size must be a number"):
+        main(command(data, tmp_path / "x", "--hidden_size", "wide"))
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(ValueError, match="are not JSON"):
+        main(command(data, tmp_path / "x", "--questions", str(tmp_path / "bad.json")))
+
+
+def test_training_starts_from_a_given_model(data, tmp_path):
+    source = AloeForVideoQuestionAnswering(AloeConfig(num_slots=N, slot_size=D, **TINY))
+    source.save_pretrained(tmp_path / "source")
+    AloeProcessor(num_frames=2, observed_frames=FRAMES).save_pretrained(tmp_path / "source")
+    base = ["--dataset", "x", "--questions", "x", "--output_dir", "x", "--init_model", str(tmp_path / "source")]
+    args = parse_arguments(AloeTrainArguments, base)[0]
+    model, processor = build_model(args, {}, load_slot_dataset(data / "slots", "train"))
+    assert torch.equal(model.layers[1].fc1.weight, source.layers[1].fc1.weight)
+    assert processor.observed_frames == FRAMES
+    with pytest.raises(ValueError, match="has num_hidden_layers=2, expected 3"):
+        build_model(args, {"num_hidden_layers": 3}, load_slot_dataset(data / "slots", "train"))
