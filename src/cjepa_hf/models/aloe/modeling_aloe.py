@@ -291,7 +291,7 @@ class AloeForVideoQuestionAnswering(PreTrainedModel):
         words = input_ids != 0 if attention_mask is None else attention_mask.bool()
 
         slots = slots.to(self.dtype)
-        vision = torch.cat([slots, slots.new_tensor([0.0, 1.0]).expand(*slots.shape[:-1], 2)], dim=-1)
+        vision = F.pad(F.pad(slots, (0, 1)), (0, 1), value=1.0)  # the flags 0, 1
         vision = self.slot_projection(vision).flatten(1, 2)  # projected once per video, not per sequence
         if video_index is not None:
             vision = vision[video_index]
