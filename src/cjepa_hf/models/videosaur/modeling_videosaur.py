@@ -81,7 +81,7 @@ def time_similarity(
     time_shift: int = 1,
     mask_diagonal: bool = False,
 ) -> torch.Tensor:
-    """For each patch, a distribution over the patches of a later frame by cosine similarity (VideoSAUR, section 3.1).
+    """For each patch, a distribution over the patches of a later frame by cosine similarity (the target of VideoSAUR's loss).
 
     Args:
         features: [B, T, P, C], T > time_shift.
