@@ -251,7 +251,7 @@ def extract(arguments, _) -> None:
 
 
 def _print_preview(seen: dict, folder: Path) -> None:
-    print(f"Masks of {len(seen['videos'])} videos in {folder}")
+    print(f"Masks in {folder}: {len(seen['videos'])} of the split {seen['split']!r}")
     for one in seen["skipped"]:
         print(f"  {one['episode_id']} is damaged: {one['reason']}")
     if seen["foreground_ari"] is not None:

@@ -382,7 +382,7 @@ def test_several_processes_write_the_same_files_as_one(tmp_path, make):
                 os._exit(0)
         children.append(child)
     assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
-    assert bytes_of(tmp_path / "two") == bytes_of(one) and len(bytes_of(one)) == 6
+    assert bytes_of(tmp_path / "two") == bytes_of(one) and len(bytes_of(one)) == 7
     assert (tmp_path / "two" / METADATA_FILE).read_text() == (one / METADATA_FILE).read_text()
     assert all(int((tmp_path / f"rank{rank}").read_text()) > 0 for rank in (0, 1))
 

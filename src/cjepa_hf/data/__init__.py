@@ -12,6 +12,7 @@ _NAMES = {
     "window_statistics": "slots",
     "write_slot_dataset": "slots",
     "extract_slots": "extract",
+    "open_videos": "video",
 }
 __all__ = list(_NAMES)
 

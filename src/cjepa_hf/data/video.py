@@ -521,7 +521,8 @@ def _open_pictures(files: list[Path]):
 
 
 def _open_npy(path: Path):
-    return np.load(path, mmap_mode="r", allow_pickle=False).__getitem__
+    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    return lambda part: np.array(array[part])  # a copy: torch wants memory that can be written
 
 
 def _npy_length(path: Path) -> int:

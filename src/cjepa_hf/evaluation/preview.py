@@ -63,7 +63,7 @@ def write_previews(
         source, encoder, image_processor, device, batch_size, seed: as [`extract_slots`].
         num_videos: evenly spaced over the split.
         num_frames: of each video.
-        split: default: validation where there is one, else the first.
+        split: default: validation where it has that many videos, else the largest.
         source_arguments: of [`open_source`].
 
     Returns:
@@ -73,7 +73,9 @@ def write_previews(
     if num_videos < 1 or num_frames < 1:
         raise ValueError(f"num_videos={num_videos} and num_frames={num_frames} must be at least 1")
     opened = open_source(source, splits=None if split is None else [split], **source_arguments)
-    split = split or ("validation" if "validation" in opened.splits else next(iter(opened.splits)))
+    if split is None:
+        enough = len(opened.splits.get("validation", ())) >= num_videos
+        split = "validation" if enough else max(opened.splits, key=lambda name: len(opened.splits[name]))
     videos = opened.splits[split]
     chosen = [videos[i] for i in sorted({round(x) for x in np.linspace(0, len(videos) - 1, num_videos)})]
     model, image_processor, description = _open_encoder(encoder, None, image_processor, device)
