@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 
 from cjepa_hf.simulators.push_t import block_distance, random_states
-from cjepa_hf.simulators.rendering import block_vertices, render_push_t
+from cjepa_hf.simulators.rendering import (
+    MAX_OBJECTS,
+    OBJECT_RADIUS,
+    OBJECT_STATE_NAMES,
+    block_vertices,
+    render_collisions,
+    render_push_t,
+)
 
 STYLES = ("smooth", "aliased")
 FAR_AWAY = -500.0
@@ -204,3 +211,59 @@ def test_block_vertices_turn_and_grow():
     np.testing.assert_allclose(vertices[0, 0], [(100, 140), (100, 260), (70, 260), (70, 140)])
     grown = block_vertices(np.array([[0.0, 0.0, 0.0]]), margin=2)
     np.testing.assert_allclose(grown[0, 1], [(-17, 28), (17, 28), (17, 122), (-17, 122)])
+
+
+def collision_state(*objects):
+    """One state [60] from (x, y, angle, shape, color, material) per object."""
+    state = np.zeros((MAX_OBJECTS, len(OBJECT_STATE_NAMES)))
+    for place, (x, y, angle, *kind) in enumerate(objects):
+        state[place] = [1, x, y, angle, 0, 0, 0, *kind]
+    return state.reshape(-1)
+
+
+@pytest.mark.parametrize(("resolution", "least"), [(64, 20), ((320, 480), 40)])
+def test_every_shape_color_and_material_looks_different(resolution, least):
+    kinds = [(s, c, m) for s in range(3) for c in range(8) for m in range(2)]
+    frames = render_collisions(np.stack([collision_state((0, 0, 0.3, *k)) for k in kinds]), resolution=resolution)
+    shown = (frames != frames[0, 0, 0]).any(axis=(0, -1))  # pixels that some object covers
+    flat = frames[:, shown].astype(np.int64)
+    for i in range(1, len(kinds)):
+        difference = np.abs(flat[:i] - flat[i]).sum(axis=-1).mean(axis=-1)  # of a pixel, over its channels
+        assert difference.min() > least, (kinds[i], kinds[difference.argmin()])
+
+
+def test_collision_frames_show_objects_where_they_are():
+    states = np.stack([collision_state((x, y, 0, 0, 1, 0)) for x, y in ((-2.5, -1.5), (2.5, 1.5), (0.0, 0.5))])
+    frames = render_collisions(states)
+    assert frames.shape == (3, 320, 480, 3) and frames.dtype == np.uint8
+    for frame, (x, y) in zip(frames, ((40, 40), (440, 280), (240, 200))):
+        rows, columns = np.nonzero((frame != frame[0, 479]).any(axis=-1))
+        assert abs(columns.mean() + 0.5 - x) < 0.6 and abs(rows.mean() + 0.5 - y) < 0.6
+        assert columns.max() - columns.min() == pytest.approx(2 * OBJECT_RADIUS * 80, abs=3)
+    small = render_collisions(states[:1], resolution=64)[0]
+    rows, columns = np.nonzero((np.abs(small.astype(int) - small[0, 63]) > 12).any(axis=-1))
+    assert small.shape == (64, 64, 3) and abs(columns.mean() + 0.5 - 64 * 40 / 480) < 0.6
+    assert abs(rows.mean() + 0.5 - 8) < 0.6
+
+
+def test_hidden_absent_and_far_objects_are_not_drawn():
+    state = collision_state((0, 0, 0, 2, 3, 1), (50.0, 0, 0, 1, 2, 0))
+    empty = render_collisions(np.zeros(60), resolution=32)
+    assert (empty == empty[0, 0, 0]).all()
+    np.testing.assert_array_equal(render_collisions(state, resolution=32, hide=[0]), empty)
+    assert (render_collisions(state, resolution=32) != empty).any()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"states": np.zeros((2, 7))}, r"\[n, 60\]"),
+        ({"states": np.full(60, np.nan)}, "NaN"),
+        ({"states": np.full(60, 9.0)}, "do not exist"),
+        ({"states": np.zeros(60), "resolution": (2, 64)}, "resolution"),
+        ({"states": np.zeros(60), "hide": [6]}, "hide"),
+    ],
+)
+def test_collision_states_that_cannot_be_drawn_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        render_collisions(**arguments)

@@ -1,7 +1,8 @@
-"""Push-T frames: a fast anti-aliased renderer, the peers' pygame picture, and an imitation of it without pygame.
+"""Frames of the simulators.
 
-All coordinates are pixels of the 512 x 512 table, x to the right and y down; colors and drawing order are those of
-`swm/PushT-v1` (stable-worldmodel) and `gym-pusht`.
+Push-T: a fast anti-aliased renderer, the peers' pygame picture, and an imitation of it without pygame. Coordinates
+are pixels of the 512 x 512 table, x to the right and y down; colors and drawing order are those of `swm/PushT-v1`
+(stable-worldmodel) and `gym-pusht`. The collision world: a renderer with CLEVRER's shapes, colors and materials.
 """
 
 import math
@@ -301,3 +302,139 @@ def _render_aliased(states, goals, resolution, hidden):
 
     _render_with_pen(_CvPen(), states, goals, hidden, resize)
     return frames
+
+
+# The collision world (`collisions`): things on a gray floor, seen from above.
+
+SHAPES = ("sphere", "cylinder", "cube")
+MATERIALS = ("metal", "rubber")
+COLORS = ("gray", "red", "blue", "green", "brown", "yellow", "cyan", "purple")
+VIEW_SIZE = (6.0, 4.0)  # world units; the origin is in the middle, x right, y down
+OBJECT_RADIUS = 0.28  # of spheres and cylinders
+CUBE_SIDE = 0.524
+MAX_OBJECTS = 6
+# Of each of the `MAX_OBJECTS` places for an object; a place without one is all zeros. The last three are positions in
+# `SHAPES`, `COLORS`, `MATERIALS`.
+OBJECT_STATE_NAMES = (
+    "present", "x", "y", "angle", "velocity_x", "velocity_y", "angular_velocity", "shape", "color", "material",
+)  # fmt: skip
+
+_FLOOR = (132, 133, 132)
+_RGB = np.array(
+    [(87, 87, 87), (173, 35, 35), (42, 75, 215), (29, 105, 20), (129, 74, 25), (255, 238, 51), (41, 208, 208), (129, 38, 192)],
+    dtype=np.float64,
+)  # fmt: skip
+_LIGHT = np.array([-0.6, -0.8])  # where the light comes from
+
+
+def render_collisions(
+    states: np.ndarray, *, resolution: int | tuple[int, int] = (320, 480), hide: Collection[int] = ()
+) -> np.ndarray:
+    """Draw states of the collision world.
+
+    Spheres are shaded discs, cylinders discs with a dark hole, cubes squares with a bevel; metal is bright, with a
+    light rim and a glint, rubber is dull.
+
+    Args:
+        states: [n, 60] float, 6 places of `OBJECT_STATE_NAMES` (see `CollisionEpisode.states`). One state [60] gives
+            one frame (n = 1).
+        resolution: (height, width) in pixels, or one number for both: the view, which is 3 : 2, is then squeezed.
+        hide: places (0 to 5) that are left out.
+
+    Returns:
+        uint8 [n, height, width, 3], RGB.
+
+    Raises:
+        ValueError: wrong shapes, NaN or infinite numbers, attributes that do not exist.
+    """
+    states = np.asarray(states, dtype=np.float64)
+    states = states[None] if states.ndim == 1 else states
+    width = len(OBJECT_STATE_NAMES)
+    if states.ndim != 2 or states.shape[1] != MAX_OBJECTS * width:
+        raise ValueError(
+            f"states have shape {states.shape}; expected [n, {MAX_OBJECTS * width}]: {MAX_OBJECTS} times "
+            f"{', '.join(OBJECT_STATE_NAMES)}. Flatten batch and time axes first."
+        )
+    if not np.isfinite(states).all():
+        raise ValueError("states contain NaN or infinite numbers; a place without an object is all zeros.")
+    size = (resolution, resolution) if isinstance(resolution, int | np.integer) else tuple(resolution)
+    if len(size) != 2 or any(isinstance(s, bool) or int(s) != s or not 4 <= s <= 4096 for s in size):
+        raise ValueError(f"resolution={resolution!r}; expected (height, width) or one number, each from 4 to 4096.")
+    hidden = sorted(hide)
+    if not set(hidden) <= set(range(MAX_OBJECTS)):
+        raise ValueError(f"hide={hidden}; expected places from 0 to {MAX_OBJECTS - 1}.")
+    states = states.reshape(len(states), MAX_OBJECTS, width)
+    kinds = states[..., 7:].astype(int)
+    if (kinds < 0).any() or (kinds >= (len(SHAPES), len(COLORS), len(MATERIALS))).any():
+        raise ValueError("states name shapes, colors or materials that do not exist; see OBJECT_STATE_NAMES.")
+    shown = (states[..., 0] > 0.5) & (np.abs(states[..., 1:3]) < np.array(VIEW_SIZE) / 2 + 0.5).all(axis=-1)
+    shown[:, hidden] = False
+
+    # Drawn in the view's own shape, larger than asked for, then averaged: circles stay circles until the end.
+    height, wide = (int(s) for s in size)
+    unit = max(height / VIEW_SIZE[1], wide / VIEW_SIZE[0])
+    unit = unit if unit >= 64 else 64  # pixels per world unit of the canvas
+    canvas_size = round(VIEW_SIZE[1] * unit), round(VIEW_SIZE[0] * unit)
+    floor = np.full((*canvas_size, 3), _FLOOR, dtype=np.uint8)
+    canvas = np.empty_like(floor)
+    frames = np.empty((len(states), height, wide, 3), dtype=np.uint8)
+    centers = ((states[..., 1:3] + np.array(VIEW_SIZE) / 2) * unit - 0.5) * (1 << _SHIFT)
+    centers = np.rint(np.clip(centers, -1e6, 1e6)).astype(int).tolist()
+    angles, kinds, shown = states[..., 3].tolist(), kinds.tolist(), [np.flatnonzero(row).tolist() for row in shown]
+    parts = {}
+    for i in range(len(states)):
+        np.copyto(canvas, floor)
+        for k in shown[i]:
+            kind = tuple(kinds[i][k])
+            if kind not in parts:
+                parts[kind] = _object_parts(*kind, unit)
+            _draw_object(canvas, parts[kind], *centers[i][k], angles[i][k])
+        if canvas_size == (height, wide):
+            frames[i] = canvas
+        else:
+            cv2.resize(canvas, (wide, height), dst=frames[i], interpolation=cv2.INTER_AREA)
+    return frames
+
+
+def _object_parts(shape, color, material, unit):
+    """What is drawn for an object, back to front: (x, y, radius, color) is a disc, (half side, color) a square.
+
+    Lengths are in fixed-point pixels, x and y from the object's center.
+    """
+    metal = MATERIALS[material] == "metal"
+    base, scale = _RGB[color] * (1.0 if metal else 0.82), unit * (1 << _SHIFT)
+
+    def shade(value):  # 0 black, 1 the color itself, 2 white
+        mixed = base * value if value <= 1 else base + (255 - base) * (value - 1)
+        return tuple(np.rint(np.clip(mixed, 0, 255)).tolist())
+
+    def disc(towards_light, radius, color):  # both in units of the object's radius
+        x, y = (_LIGHT * towards_light * OBJECT_RADIUS * scale).tolist()
+        return round(x), round(y), round(radius * OBJECT_RADIUS * scale), color
+
+    def square(side, color):  # in units of the cube's side
+        return side * CUBE_SIDE / 2 * scale, color
+
+    rim = shade(1.5 if metal else 0.6)
+    if SHAPES[shape] == "sphere":
+        tones = np.linspace(0.5, 1.5, 7) if metal else np.linspace(0.55, 1.1, 7)
+        parts = [disc(0.06 * k, 1 - 0.13 * k, shade(tone)) for k, tone in enumerate(tones)]
+        glint = disc(0.45, 0.16, shade(2))
+    elif SHAPES[shape] == "cylinder":
+        parts = [disc(0, 1, rim), disc(0, 0.84, shade(1.0)), disc(0, 0.42, shade(0.3))]
+        glint = disc(0.63, 0.13, shade(2))
+    else:
+        parts = [square(1, rim), square(0.84, shade(0.65)), square(0.6, shade(1.05))]
+        glint = disc(0.28, 0.14, shade(2))
+    return [*parts, glint] if metal else parts
+
+
+def _draw_object(canvas, parts, x, y, angle):
+    for *where, color in parts:
+        if len(where) == 3:
+            cv2.circle(canvas, (x + where[0], y + where[1]), where[2], color, -1, cv2.LINE_AA, _SHIFT)
+        else:
+            cos, sin = where[0] * math.cos(angle), where[0] * math.sin(angle)
+            corners = [(x + cos - sin, y + sin + cos), (x - cos - sin, y - sin + cos)]
+            corners += [(x - cos + sin, y - sin - cos), (x + cos + sin, y + sin - cos)]
+            cv2.fillConvexPoly(canvas, np.rint(corners).astype(np.int32), color, cv2.LINE_AA, _SHIFT)
