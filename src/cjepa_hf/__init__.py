@@ -35,7 +35,11 @@ AutoProcessor.register(AloeConfig, AloeProcessor)
 register_pipelines()
 register_envs()
 
-_LAZY = {"PushTEnv": ".simulators.push_t", "bundled_checkpoint": ".checkpoints"}
+_LAZY = {
+    "CollisionWorld": ".simulators.collisions",
+    "PushTEnv": ".simulators.push_t",
+    "bundled_checkpoint": ".checkpoints",
+}
 
 
 def __getattr__(name):
