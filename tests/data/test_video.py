@@ -119,9 +119,11 @@ def test_all_variants_of_clevrer_are_found(tmp_path, layout, inside):
         open_videos(tmp_path / inside, "dev")
 
 
-def test_val_is_called_validation_and_a_split_folder_can_be_given_alone(tmp_path):
+def test_val_is_called_validation_and_a_split_folder_can_be_given_alone(tmp_path, caplog):
     write_video(tmp_path / "clips_val" / "b.mkv", frames())
+    write_video(tmp_path / "more" / "c.mkv", frames())
     assert list(open_source(tmp_path).splits) == ["validation"] == list(open_source(tmp_path / "clips_val").splits)
+    assert "what lies beside them is not read: more" in caplog.text  # never silently
 
 
 def test_stems_that_repeat_are_told_apart_by_their_folders(tmp_path):
@@ -260,6 +262,13 @@ def test_gray_is_repeated_and_an_opaque_alpha_channel_dropped(tmp_path):
 def test_frames_that_are_not_rgb_pictures_are_refused(block, message):
     with pytest.raises(ValueError, match=message):
         _rgb(block)
+
+
+def test_pictures_of_16_bits_are_refused(tmp_path):
+    (tmp_path / "a").mkdir()
+    PilImage.fromarray(np.full((H, W), 40000, np.uint16)).save(tmp_path / "a" / "0.png")
+    with pytest.raises(ValueError, match="mode 'I;16'"):
+        open_videos(tmp_path)[0].frames()
 
 
 def test_a_video_of_one_frame_is_a_video(tmp_path):

@@ -28,6 +28,7 @@ import contextlib
 import hashlib
 import io
 import json
+import logging
 import os
 import re
 from collections import Counter
@@ -49,6 +50,8 @@ from cjepa_hf.simulators.rendering import render_push_t
 from .slots import _check_local_files, _split_of, fingerprint, load_split
 
 __all__ = ["FrameVideo", "Video", "VideoFile", "VideoSource", "open_source", "open_videos"]
+
+logger = logging.getLogger(__name__)
 
 FRAME_COLUMNS = ("frames", "images")
 COPIED_COLUMNS = ("actions", "proprio", "state", "contacts")
@@ -278,10 +281,12 @@ def _picture(image) -> np.ndarray:
         with Image.open(io.BytesIO(image["bytes"]) if image.get("bytes") else image["path"]) as opened:
             return _picture(opened)
     if isinstance(image, Image.Image):
-        if image.mode == "P" or (image.mode in ("LA", "PA")) or "transparency" in image.info:
+        if image.mode in ("P", "LA", "PA") or "transparency" in image.info:
             image = image.convert("RGBA")
+        elif image.mode in ("1", "CMYK", "YCbCr"):
+            image = image.convert("RGB")
         elif image.mode not in ("RGB", "RGBA", "L"):
-            image = image.convert("RGB" if image.mode in ("CMYK", "YCbCr", "HSV", "LAB") else "L")
+            raise ValueError(f"a picture is of mode {image.mode!r}; {_WANT}: convert it to 8 bits per channel")
         return np.asarray(image)
     return np.asarray(image)
 
@@ -414,6 +419,11 @@ def _files_by_split(path: Path) -> dict[str, list[Path]] | None:
             splits.setdefault(split, []).append(entry)
     if not splits:
         splits = {_split_name(path.name) or "train": [path]}
+    else:
+        used = {place for places in splits.values() for place in places}
+        others = [e.name for e in entries if e not in used and (_is_media(e) if e.is_file() else _has_videos(e))]
+        if others:
+            logger.warning("%s has splits; what lies beside them is not read: %s", path, ", ".join(others[:5]))
     splits = {split: places for split, places in splits.items() if any(map(_has_videos, places))}
     if splits:
         return splits
