@@ -220,6 +220,14 @@ def test_the_loss_reaches_every_parameter():
     assert untouched == []
 
 
+def test_a_model_first_used_in_inference_mode_can_be_trained_afterwards():
+    model, x = tiny(), pixels(scenes(2)[0])
+    with torch.inference_mode():
+        model(x)
+    model(x).slots.sum().backward()
+    assert any(p.grad is not None for p in model.parameters())
+
+
 def test_content_noise_is_drawn_in_training_only():
     model, x = tiny(content_noise=0.5), pixels(scenes(4)[0])
     first, second = (model.train()(x, return_loss=True) for _ in range(2))

@@ -362,19 +362,25 @@ class ColorIsaModel(ColorIsaPreTrainedModel):
 
     def _features(self, device):
         if device not in self._fixed_features:
-            config = self.config
-            features = {}
-            for name, size in (("token", config.mask_size), ("patch", config.decoder_grid_size)):
-                p = _grid(size)
-                phase = p @ _wave_vectors(config.num_position_waves, config.position_wavelengths, config.scene_size).T
-                features[name] = torch.cat([p, _quadratics(p), phase.cos(), phase.sin()], dim=-1)
-            p = _grid(config.mask_size)
-            phase = p @ _moment_waves(config).T
-            features["moment"] = torch.cat([p, _quadratics(p), phase.cos(), phase.sin()], dim=-1)
-            features["grid"] = _grid(config.decoder_grid_size)
-            features["waves"] = _wave_vectors(config.num_decoder_waves, config.decoder_wavelengths, config.scene_size)
-            self._fixed_features[device] = {name: value.to(device) for name, value in features.items()}
+            # Kept for later calls, so they must be normal tensors even if the first call is made in inference mode:
+            # inference tensors cannot take part in training.
+            with torch.inference_mode(False):
+                self._fixed_features[device] = self._compute_features(device)
         return self._fixed_features[device]
+
+    def _compute_features(self, device):
+        config = self.config
+        features = {}
+        for name, size in (("token", config.mask_size), ("patch", config.decoder_grid_size)):
+            p = _grid(size)
+            phase = p @ _wave_vectors(config.num_position_waves, config.position_wavelengths, config.scene_size).T
+            features[name] = torch.cat([p, _quadratics(p), phase.cos(), phase.sin()], dim=-1)
+        p = _grid(config.mask_size)
+        phase = p @ _moment_waves(config).T
+        features["moment"] = torch.cat([p, _quadratics(p), phase.cos(), phase.sin()], dim=-1)
+        features["grid"] = _grid(config.decoder_grid_size)
+        features["waves"] = _wave_vectors(config.num_decoder_waves, config.decoder_wavelengths, config.scene_size)
+        return {name: value.to(device) for name, value in features.items()}
 
     def forward(
         self,
