@@ -159,7 +159,7 @@ def test_training_steps_lower_both_losses():
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=1e-2)
     history = []
-    for _ in range(20):
+    for _ in range(10):
         output = model(x, seeds=range(4), return_loss=True)
         optimizer.zero_grad()
         output.loss.backward()
@@ -167,7 +167,7 @@ def test_training_steps_lower_both_losses():
         history.append([output.loss.item(), output.feature_loss.item(), output.similarity_loss.item()])
     (loss, feature, similarity), last = history[0], history[-1]
     assert loss == pytest.approx(feature + 0.25 * similarity, rel=1e-5)
-    assert history[1][0] < loss and last[0] < 0.9 * loss and last[1] < 0.9 * feature and last[2] < similarity
+    assert history[1][0] < loss and last[0] < 0.95 * loss and last[1] < 0.95 * feature and last[2] < similarity
 
 
 def test_losses_are_weighted_as_asked():

@@ -340,9 +340,9 @@ class VideoSaurModel(VideoSaurPreTrainedModel):
 
     **Initial slots.** With `initial_slots="random"` the noise of a video is `torch.randn(N, D)` from a CPU generator of
     its own, seeded with that video's entry of `seeds`: it does not depend on the other videos of the batch, on their
-    order, on the device, or on how the video is cut into chunks. Without `seeds` every video takes seed 0 in evaluation
-    mode; in training mode noise comes from `generator` or PyTorch's global one. (The released code draws from the global
-    generator in evaluation too, so that no two extractions agree.)
+    order, on the device, or on how the video is cut into chunks. Without `seeds` noise comes from `generator`; without
+    both, in training from PyTorch's global generator, and in evaluation every video takes seed 0. (The released code
+    draws from the global generator in evaluation too, so that no two extractions agree.)
 
     **Long videos.** `forward` already bounds the memory of the backbone by `chunk_size`. To pass a video in parts, give
     each part the `state` of the part before: the result is that of one unbroken run. The released code's own way of
