@@ -125,7 +125,15 @@ def test_help_names_every_command(capsys):
     assert all(command in text for command in COMMANDS)
 
 
-@pytest.mark.parametrize(("model", "argument"), [("cjepa", "--slot_encoder"), ("color-isa", "--num_frames")])
+@pytest.mark.parametrize(
+    ("model", "argument"),
+    [
+        ("cjepa", "--slot_encoder"),
+        ("color-isa", "--num_frames"),
+        ("savi", "--flip_probability"),
+        ("videosaur", "--backbone"),
+    ],
+)
 def test_training_lists_its_own_arguments(model, argument, capsys):
     with pytest.raises(SystemExit, match="0"):
         run("train", model, "--help")

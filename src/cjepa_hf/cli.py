@@ -1,6 +1,7 @@
 """The command line `cjepa-hf`: one thin function per command; libraries are imported by the command that needs them."""
 
 import argparse
+import importlib
 import json
 import os
 import sys
@@ -109,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = command(
         "train", train, "Train a model; what follows its name is that training's own arguments.", add_help=False
     )
-    sub.add_argument("model", nargs="?", choices=["cjepa", "color-isa"])
+    sub.add_argument("model", nargs="?", choices=["cjepa", "color-isa", "savi", "videosaur"])
     sub.add_argument("-h", "--help", action="store_true", dest="show_help")
 
     sub = command("evaluate", evaluate, "Success of a world model and its controls on a frozen Push-T protocol.")
@@ -263,15 +264,13 @@ def _print_preview(seen: dict, folder: Path) -> None:
 
 def train(arguments, rest) -> None:
     if arguments.model is None:
-        print("usage: cjepa-hf train {cjepa,color-isa} [arguments]; `cjepa-hf train cjepa --help` lists them")
+        print(
+            "usage: cjepa-hf train {cjepa,color-isa,savi,videosaur} [arguments]; `cjepa-hf train cjepa --help` lists them"
+        )
         return
     if arguments.show_help:
         rest = ["--help", *rest]
-    if arguments.model == "cjepa":
-        from cjepa_hf.training.cjepa import main as run
-    else:
-        from cjepa_hf.training.color_isa import main as run
-    run(rest)
+    importlib.import_module(f"cjepa_hf.training.{arguments.model.replace('-', '_')}").main(rest)
 
 
 def evaluate(arguments, _) -> None:
