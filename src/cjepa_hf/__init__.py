@@ -39,6 +39,8 @@ _LAZY = {
     "CollisionWorld": ".simulators.collisions",
     "PushTEnv": ".simulators.push_t",
     "bundled_checkpoint": ".checkpoints",
+    "convert_original_checkpoint": ".hub.convert",
+    "convert_original_slots": ".hub.convert",
 }
 
 

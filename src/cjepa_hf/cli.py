@@ -138,6 +138,18 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--horizon", type=int, default=5, help="action blocks (default: %(default)s)")
     sub.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     _common(sub)
+
+    sub = command(
+        "convert", convert, "Turn a file of the paper's authors (checkpoint or slots) into a model or slot dataset."
+    )
+    sub.add_argument("file", help="the original file; it is read as data, nothing in it is run")
+    sub.add_argument("--output-dir", required=True)
+    sub.add_argument("--config", help="config.json, a folder with one, or an entry of hub_configs (checkpoints)")
+    sub.add_argument("--actions", help="pickle of the same videos' actions (slots)")
+    sub.add_argument("--proprio", help="pickle of their proprioception (slots)")
+    sub.add_argument("--states", help="pickle of their states (slots)")
+    sub.add_argument("--frame-skip", type=int, help="suggested for windows (slots; default: 5 with actions, else 2)")
+    sub.add_argument("--json", action="store_true", help="print what was written as JSON")
     return parser
 
 
@@ -326,6 +338,42 @@ def plan(arguments, _) -> None:
         print(f"cost {float(result['cost']):.4f}; actions (one per row):")
         for action in result["actions"]:
             print("  " + "  ".join(f"{value:7.3f}" for value in action))
+
+
+def convert(arguments, _) -> None:
+    import shutil
+
+    from cjepa_hf.hub.convert import (
+        config_file,
+        convert_original_checkpoint,
+        convert_original_slots,
+        is_original_slots,
+    )
+
+    output = Path(arguments.output_dir)
+    columns = {name: getattr(arguments, name) for name in ("actions", "proprio", "states")}
+    if is_original_slots(arguments.file):
+        folder = convert_original_slots(arguments.file, **columns, output_dir=output, frame_skip=arguments.frame_skip)
+        print((folder / "slot_dataset.json").read_text() if arguments.json else f"Slots in {folder}")
+        return
+    if given := [f"--{name}" for name, value in columns.items() if value]:
+        raise ValueError(f"{arguments.file} holds no slots: leave {' and '.join(given)} out")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"--output-dir {output} is not empty: choose a new folder")
+    model = convert_original_checkpoint(arguments.file, arguments.config)
+    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    try:
+        model.save_pretrained(temporary)
+        beside = config_file(arguments.config).parent if arguments.config else temporary
+        for name in ("preprocessor_config.json", "processor_config.json"):
+            if beside != temporary and (beside / name).is_file():
+                shutil.copyfile(beside / name, temporary / name)
+        os.replace(temporary, output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    size = sum(parameter.numel() for parameter in model.parameters())
+    report = {"folder": str(output), "model_type": model.config.model_type, "num_parameters": size}
+    print(json.dumps(report) if arguments.json else f"{type(model).__name__} ({size:,} parameters) in {output}")
 
 
 if __name__ == "__main__":

@@ -358,16 +358,19 @@ def mutated(file: bytearray, others: list[bytearray], rng: random.Random) -> byt
 
 
 def read_whole(data: bytearray) -> bool:
-    """Reads everything that a converter would; True if nothing was refused."""
+    """Reads everything that a converter would; True if the file could be read at all."""
     try:
         value = read_buffer(data)
+    except ConversionError:
+        return False
+    try:
         for split in value.values() if isinstance(value, dict) else ():
             for array in split.values() if isinstance(split, dict) else ():
                 if isinstance(array, PickledArray):
                     array.numpy()
         _kind(*_state_dict(value))
     except ConversionError:
-        return False
+        pass
     return True
 
 

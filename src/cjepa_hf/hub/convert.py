@@ -34,7 +34,13 @@ from .tensors import (
     read_pickled,
 )
 
-__all__ = ["ConversionError", "convert_original_checkpoint", "convert_original_slots", "is_original_slots"]
+__all__ = [
+    "ConversionError",
+    "config_file",
+    "convert_original_checkpoint",
+    "convert_original_slots",
+    "is_original_slots",
+]
 
 logger = logging.get_logger(__name__)
 
@@ -153,7 +159,7 @@ def _class(kind: str, index: int):
 def _config(config, kind: str) -> PreTrainedConfig:
     """The given configuration as an object of the class of `kind`."""
     if isinstance(config, (str, os.PathLike)):
-        path = _config_file(config)
+        path = config_file(config)
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -180,7 +186,8 @@ def _config(config, kind: str) -> PreTrainedConfig:
     )
 
 
-def _config_file(config: str | os.PathLike) -> Path:
+def config_file(config: str | os.PathLike) -> Path:
+    """The config.json meant by a file, a folder, or the name of an entry of `hub_configs`."""
     path = Path(config)
     places = [path, *(root / "hub_configs" / path for root in Path(__file__).parents[1:4])]
     for place in places:
