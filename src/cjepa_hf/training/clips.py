@@ -225,18 +225,14 @@ def clip_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, di
 def clip_metrics(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor | float]:
     """The losses with fixed seeds and, where true masks are known, the foreground ARI of the decoder's masks: of single
     frames, and of whole clips (`_clip`), where an object that changes its slot counts as split."""
-    seeds = range(len(batch["pixel_values"]))
-    output = model(batch["pixel_values"], return_loss=True, seeds=list(seeds))
+    output = model(batch["pixel_values"], return_loss=True, seeds=list(range(len(batch["pixel_values"]))))
     metrics = {"loss": output.loss, **_terms(output)}
     if "segments" in batch:
-        segments = batch["segments"]
-        masks = F.interpolate(output.decoder_masks.flatten(0, 1).float(), size=segments.shape[-2:], mode="bilinear")
-        labels = masks.argmax(dim=1).view_as(segments).cpu().numpy()
-        segments = segments.cpu().numpy()
-        size = segments.shape[-2:]
-        metrics["foreground_ari"] = foreground_ari(segments.reshape(-1, *size), labels.reshape(-1, *size))
-        metrics["foreground_ari_clip"] = foreground_ari(segments.reshape(len(segments), -1, size[1]),
-                                                        labels.reshape(len(segments), -1, size[1]))  # fmt: skip
+        true = batch["segments"].cpu().numpy()  # [B, T, H, W]
+        masks = F.interpolate(output.decoder_masks.flatten(0, 1).float(), size=true.shape[-2:], mode="bilinear")
+        found = masks.argmax(dim=1).cpu().numpy().reshape(true.shape)
+        for name, shape in (("", (-1, *true.shape[2:])), ("_clip", (len(true), -1, true.shape[3]))):
+            metrics[f"foreground_ari{name}"] = foreground_ari(true.reshape(shape), found.reshape(shape))
     return metrics
 
 
