@@ -442,6 +442,16 @@ def test_a_wrong_config_names_the_field(config, message):
         CJepaConfig(**config)
 
 
+def test_statistics_stay_exact_when_the_model_is_cast(tmp_path):
+    model = tiny(**OURS)
+    std = np.linspace(0.1, 0.3, len(model.action_std)).astype(np.float32)
+    model.set_statistics(action_mean=std, action_std=std)
+    model.save_pretrained(tmp_path)
+    for cast in (model.bfloat16(), CJepaModel.from_pretrained(tmp_path, dtype=torch.float16)):
+        assert cast.dtype != torch.float32
+        assert cast.action_std.dtype == torch.float32 and (cast.action_std.numpy() == std).all()
+
+
 def test_environment_units_need_statistics():
     model = tiny()
     with pytest.raises(ValueError, match="set_statistics"):

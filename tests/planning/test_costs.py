@@ -207,6 +207,8 @@ def test_max_memory_bounds_the_activations(tiny_model):
     assert peaks[1] > 2 * peaks[0]
     with pytest.raises(ValueError, match="max_memory=1000 bytes is less than one candidate needs"):
         tiny_cost(tiny_model, max_memory=1000)
+    with pytest.raises(ValueError, match="max_candidates_per_chunk must be at least 1"):
+        tiny_cost(tiny_model, max_candidates_per_chunk=0)
 
 
 @torch.no_grad()

@@ -191,6 +191,17 @@ def test_history_holds_past_frames_and_the_blocks_between_them():
     np.testing.assert_allclose(past, actions[10:20, 0], atol=1e-5)
 
 
+def test_a_task_that_misses_a_frame_of_the_history_cannot_come_back():
+    start, goal = tasks()
+    policy = MPCPolicy(ExactModel(), planner(), history_length=3)
+    policy.reset({"slots": goal})
+    absent = np.array([True, False, True])
+    for step in range(10):
+        policy.act({"slots": start} if policy.needs_observation else None, absent if step >= 5 else None)
+    with pytest.raises(ValueError, match=r"task\(s\) \[1\] were inactive"):
+        policy.act({"slots": start})
+
+
 def test_missing_proprioception_becomes_the_mean_with_one_warning():
     start, goal = tasks()
     model = ExactModel(proprio_size=2)
@@ -292,6 +303,7 @@ def test_a_real_model_plans_in_environment_units_only_with_statistics():
     ("kwargs", "message"),
     [
         ({"schedule": "cyclic"}, "schedule"),
+        ({"horizon": 0}, "horizon must be at least 1"),
         ({"receding_horizon": 6}, "receding_horizon must be between 1 and horizon=5"),
         ({"frame_skip": 4}, "the model was trained with 5"),
         ({"history_length": 4}, "history_length must be between 1 and the model's 3"),

@@ -164,6 +164,8 @@ class RolloutCost:
         self.past_actions = move(past_actions)
         with torch.inference_mode():
             self.goal_proprio_embeddings = None if goal_proprio is None else model.embed_proprio(move(goal_proprio))
+        if max_candidates_per_chunk is not None and max_candidates_per_chunk < 1:
+            raise ValueError(f"max_candidates_per_chunk must be at least 1, got {max_candidates_per_chunk}")
         if max_candidates_per_chunk is None and device.type == "cpu":
             max_candidates_per_chunk = 128
         affordable = max_memory // self._candidate_bytes()

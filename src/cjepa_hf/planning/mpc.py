@@ -104,6 +104,8 @@ class MPCPolicy:
             raise ValueError("this model takes no actions (action_size=0), so there is nothing to plan")
         if schedule not in ("receding", "shrinking"):
             raise ValueError(f'schedule must be "receding" or "shrinking", got {schedule!r}')
+        if horizon < 1:
+            raise ValueError(f"horizon must be at least 1 block, got {horizon}")
         if not 1 <= receding_horizon <= horizon:
             raise ValueError(f"receding_horizon must be between 1 and horizon={horizon}, got {receding_horizon}")
         self.frame_skip = frame_skip or (model.config.frame_skip if model is not None else None)
@@ -173,7 +175,7 @@ class MPCPolicy:
         self._cursor = 0
         self._queue = np.zeros((self._size, 0, self.action_size), dtype=np.float32)
         self._previous: torch.Tensor | None = None
-        self._planned = np.ones(self._size, dtype=bool)
+        self._running = np.ones(self._size, dtype=bool)
         self._frames: list[tuple[torch.Tensor, torch.Tensor | None]] = []
         self._blocks: list[torch.Tensor] = []
         self.num_plans = np.zeros(self._size, dtype=np.int64)
@@ -200,9 +202,10 @@ class MPCPolicy:
         active = np.ones(self._size, dtype=bool) if active is None else np.asarray(active, dtype=bool)
         if active.shape != (self._size,):
             raise ValueError(f"active must be bool [{self._size}], got shape {list(active.shape)}")
-        if (active & ~self._planned).any():
-            tasks = np.flatnonzero(active & ~self._planned).tolist()
+        if (active & ~self._running).any():
+            tasks = np.flatnonzero(active & ~self._running).tolist()
             raise ValueError(f"task(s) {tasks} were inactive before and are active again: call reset to start anew")
+        self._running = active.copy()
         if not active.any():
             return np.zeros((self._size, self.action_size), dtype=np.float32)
         if self.needs_observation:
@@ -271,7 +274,6 @@ class MPCPolicy:
         )
         self.num_plans[active] += 1
         self._plan_index += 1
-        self._planned = active.copy()
         self._previous = torch.zeros(self._size, horizon, len(self._mean))
         self._previous[tasks] = output.actions.cpu()
         self._queue = np.zeros((self._size, self.receding_horizon * self.frame_skip, self.action_size), np.float32)

@@ -363,6 +363,7 @@ class CJepaPreTrainedModel(PreTrainedModel):
     base_model_prefix = "cjepa"
     main_input_name = "slots"
     _no_split_modules = ["CJepaLayer"]
+    _keep_in_fp32_modules_strict = ["action_mean", "action_std", "proprio_mean", "proprio_std"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -440,6 +441,15 @@ class CJepaModel(CJepaPreTrainedModel):
         if config.slot_encoder_config is not None:
             self.slot_encoder = AutoModel.from_config(config.slot_encoder_config)
         self.post_init()
+
+    def _apply(self, fn, recurse=True):
+        # Statistics stay in float32 whatever the model is cast to: rounded, they would shift every executed action.
+        exact = {name: buffer for name, buffer in self._buffers.items() if name in _STATISTICS}
+        super()._apply(fn, recurse)
+        for name, buffer in exact.items():
+            if self._buffers[name].dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(self._buffers[name].device)
+        return self
 
     # ------------------------------------------------------------------------------------------------- inputs
 
