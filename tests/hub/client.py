@@ -81,6 +81,14 @@ def train_and_push(folder):
     return main([*words.split(), "--output_dir", str(folder / "trained")])
 
 
+def extract_and_push(folder):
+    """From files on this computer, with an encoder of the Hub, to a dataset on the Hub."""
+    (folder / "clips").mkdir()
+    np.save(folder / "clips" / "a.npy", np.random.default_rng(0).integers(0, 255, (9, 64, 64, 3), dtype=np.uint8))
+    words = ["extract", folder / "clips", "--encoder", "tester/encoder", "--output-dir", folder / "extracted"]
+    return main([*map(str, words), "--preview", "1", "--push_to_hub", "tester/extracted"])
+
+
 def push_pickle(folder):
     """A repository as one finds them: weights as a pickle only."""
     (folder / "pickle").mkdir()

@@ -60,7 +60,7 @@ def hub(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def published(hub):
-    return hub[1]("publisher", "push_model", "upload_slots", "train_and_push", "push_pickle")
+    return hub[1]("publisher", "push_model", "upload_slots", "train_and_push", "push_pickle", "extract_and_push")
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +111,13 @@ def test_an_uploaded_slot_dataset_loads_and_streams(published, loaded):
     assert result["episodes"] == 6
     np.testing.assert_array_equal(result["first"], value(published, "upload_slots"))
     assert result["windows"] == [[3, 4, 16], 2 * (13 - 6 + 1)]
+
+
+def test_an_extracted_dataset_is_uploaded_with_its_card_and_previews(hub, published):
+    assert value(published, "extract_and_push") == 0
+    uploaded = files(hub[0], "datasets", "extracted")
+    assert uploaded >= {"slot_dataset.json", "README.md", "data/train-00000-of-00001.parquet", "preview/a.gif"}
+    assert not [name for name in uploaded if ".partial" in name]
 
 
 def test_training_reads_from_the_hub_and_uploads_model_and_card(hub, published):
