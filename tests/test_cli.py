@@ -225,6 +225,17 @@ def test_evaluate_writes_and_prints_the_same_results(root, tmp_path, capsys):
     assert capsys.readouterr().out.startswith("pusht-25: ")
 
 
+def test_an_interrupted_evaluation_leaves_its_finished_rows(root, tmp_path, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cjepa_hf.evaluation.suite.run_baseline", interrupted)
+    words = ["evaluate", "--model", root / "model", "--num-tasks", 1, "--planner", "cem:8x1:2", "--controls"]
+    assert run(*words, "--output", tmp_path / "results.json") == 130
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [row["name"] for row in results["rows"]] == ["cem:8x1:2"] and results["pooled"]["cem:8x1:2"]["n"] == 1
+
+
 def test_demo_writes_its_pictures_and_reports(root, tmp_path, capsys):
     capsys.readouterr()
     assert run("demo", "--model", root / "model", "--num-tasks", 1, "--output-dir", tmp_path / "demo", "--json") == 0

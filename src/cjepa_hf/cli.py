@@ -305,15 +305,18 @@ def evaluate(arguments, _) -> None:
         controls=arguments.controls,
         device=_device(arguments),
         progress=not arguments.json,
+        on_row=(lambda results: _write(output, results)) if output else None,
     )
-    if output:
-        temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-        try:
-            temporary.write_text(json.dumps(results, indent=1) + "\n")
-            os.replace(temporary, output)
-        finally:
-            temporary.unlink(missing_ok=True)
     print(json.dumps(results, indent=1)) if arguments.json else print_evaluation(results)
+
+
+def _write(path: Path, results: dict) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps(results, indent=1) + "\n")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def plan(arguments, _) -> None:

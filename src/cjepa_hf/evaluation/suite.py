@@ -2,7 +2,7 @@
 
 import platform
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -61,6 +61,7 @@ def evaluate_push_t(
     controls: bool = False,
     device: str = "cpu",
     progress: bool = True,
+    on_row: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """
     Runs every planner with every seed on the same tasks.
@@ -69,6 +70,7 @@ def evaluate_push_t(
         model: folder or Hub id of a [`CJepaModel`] with slot encoder and statistics.
         planners: names, see [`make_policy`].
         simulator_tasks: also plan this many tasks with the true simulator as the model.
+        on_row: called with the results so far after every row, so that an interruption loses one row at most.
 
     Returns:
         {"rows": one dict per planner and seed or control, with rate, 95 % Wilson interval, n and, per task, "success";
@@ -86,16 +88,34 @@ def evaluate_push_t(
         make_policy(net, text)
     rows = []
 
-    def add(name, seed, results):
-        rows.append({"name": name, "seed": seed, **results.summary(), "success": results.success.tolist()})
+    results = {
+        "protocol": {key: value for key, value in frozen.items() if key != "tasks"},
+        "model": str(model),
+        "frames": style,
+        "use_proprio": use_proprio,
+        "device": device,
+        "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "versions": {
+            "cjepa_hf": cjepa_hf.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "rows": rows,
+    }
+
+    def add(name, seed, run):
+        rows.append({"name": name, "seed": seed, **run.summary(), "success": run.success.tolist()})
+        results["pooled"] = {name: _pooled(rows, name) for name in dict.fromkeys(row["name"] for row in rows)}
+        if on_row is not None:
+            on_row(results)
 
     for text in planners:
         for seed in seeds:
             policy = make_policy(net, text, image_processor=processor, seed=seed)
-            results = run_policy(
+            run = run_policy(
                 policy, frozen, num_tasks=num_tasks, use_proprio=use_proprio, style=style, progress=progress
             )
-            add(text if use_proprio else f"{text}, no proprioception", seed, results)
+            add(text if use_proprio else f"{text}, no proprioception", seed, run)
     if controls:
         for name in ("replay", "random", "no-op"):
             add(name, 0, run_baseline(name, frozen, num_tasks=num_tasks))
@@ -109,23 +129,9 @@ def evaluate_push_t(
             schedule=like.schedule,
             generator=torch.Generator().manual_seed(seeds[0]),
         )
-        results = run_policy(policy, frozen, num_tasks=simulator_tasks, progress=progress)
-        add(f"true simulator, {planners[0]}", seeds[0], results)
-    return {
-        "protocol": {key: value for key, value in frozen.items() if key != "tasks"},
-        "model": str(model),
-        "frames": style,
-        "use_proprio": use_proprio,
-        "device": device,
-        "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "versions": {
-            "cjepa_hf": cjepa_hf.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "rows": rows,
-        "pooled": {name: _pooled(rows, name) for name in dict.fromkeys(row["name"] for row in rows)},
-    }
+        run = run_policy(policy, frozen, num_tasks=simulator_tasks, progress=progress)
+        add(f"true simulator, {planners[0]}", seeds[0], run)
+    return results
 
 
 def _pooled(rows, name):
