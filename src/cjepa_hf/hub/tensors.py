@@ -792,7 +792,8 @@ def read_pickled(path: str | os.PathLike):
 
 def read_for_streaming(path: str | os.PathLike):
     """As [`read_pickled`], for a file larger than memory: also returns a function that lets go of the pages read so
-    far (they are read again where needed), or `None` where the system has none. Arrays are read-only views."""
+    far (they are read again where needed), or `None` where the system has none. Arrays are read-only views, tensors
+    stay records."""
     data = _mapped(path, mmap.ACCESS_READ)
     release = None
     if hasattr(mmap, "MADV_DONTNEED"):
@@ -864,9 +865,11 @@ def _read_stream(data, release):
     return machine.run(start)[0]
 
 
-def _storage_tensor(data, start: int, size: int, dtype: torch.dtype, numel: int) -> torch.Tensor:
+def _storage_tensor(data, start: int, size: int, dtype: torch.dtype, numel: int) -> torch.Tensor | None:
     if numel * dtype.itemsize > size:
         raise ConversionError("it declares a storage larger than its data")
+    if memoryview(data).readonly:  # read for its arrays alone: tensors, which cannot be read-only, stay records
+        return None
     if numel == 0:
         return torch.empty(0, dtype=dtype)
     if start % dtype.itemsize:  # the old format does not align
