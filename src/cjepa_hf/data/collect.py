@@ -1,4 +1,6 @@
-"""Collect Push-T episodes into a `datasets` folder, and sample single frames for training a slot encoder."""
+"""Collect simulated episodes into a folder: Push-T for `datasets`, the collision world also in CLEVRER's own files.
+
+Also samples single frames of Push-T for training a slot encoder."""
 
 import io
 import json
@@ -17,6 +19,8 @@ import cv2
 import numpy as np
 from tqdm.auto import tqdm
 
+from cjepa_hf.data.clevrer import scene_annotation, scene_path, scene_predictions, video_filename
+from cjepa_hf.simulators.collisions import FPS, PHYSICS_VERSION, VISIBLE_FRAMES, sample_scene
 from cjepa_hf.simulators.push_t import (
     CONTACT_PAIRS,
     PROPRIO_INDICES,
@@ -24,12 +28,21 @@ from cjepa_hf.simulators.push_t import (
     PushTWorld,
     random_states,
 )
-from cjepa_hf.simulators.rendering import GOAL_POSE, TABLE_SIZE, render_push_t
+from cjepa_hf.simulators.questions import VideoTruth, make_counterfactual_questions, make_questions
+from cjepa_hf.simulators.rendering import (
+    GOAL_POSE,
+    MAX_OBJECTS,
+    OBJECT_STATE_NAMES,
+    TABLE_SIZE,
+    render_collisions,
+    render_push_t,
+)
 
 POLICIES = ("gentle", "weak", "mixture")
 _SPLITS = ("train", "validation", "test")  # the position is part of an episode's seed
 _ENCODER_STREAM = 1000  # in the place of a split: frames for the encoder are of no collected episode
 _COLLECTOR_VERSION = 1  # counts changes that make other episodes from the same seed
+_TITLES = {"push_t": "Push-T", "collisions": "collision world"}
 _COG_OFFSET = 45.0  # of the block's center of gravity from its origin, along the stem
 
 
@@ -157,13 +170,14 @@ def _write_shard(path: Path, settings: dict[str, Any], split: str, indices: rang
     return len(indices)
 
 
-def _write_file(path: Path, content: bytes) -> None:
+def _write_file(path: Path, content: bytes, *, sync: bool = True) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with open(temporary, "wb") as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
         raise OSError(
@@ -231,7 +245,9 @@ def collect_push_t(
     """
     folder = Path(output_dir)
     num_episodes = {"train": 10_000, "validation": 500} if num_episodes is None else dict(num_episodes)
-    _check_arguments(num_episodes, episode_length, policy, seed, num_workers, frames_resolution, shard_size)
+    if policy not in POLICIES:
+        raise ValueError(f"policy={policy!r}; expected one of {POLICIES}.")
+    _check_arguments(num_episodes, seed, num_workers, frames_resolution, shard_size, episode_length)
     settings = {
         "simulator": "push_t",
         "collector_version": _COLLECTOR_VERSION,
@@ -242,7 +258,41 @@ def collect_push_t(
         "frames_resolution": None if frames_resolution is None else int(frames_resolution),
         "shard_size": int(shard_size),
     }
+    return _collect(
+        folder,
+        settings,
+        _write_shard,
+        title=f"push_t ({policy})",
+        description=_DESCRIPTION,
+        readme=_readme,
+        num_workers=num_workers,
+        progress=progress,
+    )
+
+
+def _collect(
+    folder: Path,
+    settings: dict[str, Any],
+    write_shard: Callable[[Path, dict[str, Any], str, range], int],
+    *,
+    title: str,
+    description: dict[str, Any],
+    readme: Callable[[dict[str, Any]], str],
+    finish: Callable[[Path, dict[str, Any]], None] | None = None,
+    num_workers: int | None,
+    progress: bool,
+) -> Path:
+    """Write all shards in parallel into a hidden folder, going on where an earlier run stood, and move them into place.
+
+    Args:
+        settings: what the content depends on, with `num_episodes` per split and `shard_size`; a folder made with others
+            is refused.
+        write_shard: writes the Parquet file of a shard (path, settings, split, indices of its episodes), last of all
+            that it writes below the hidden folder (`path.parents[1]`), and returns how many episodes these are.
+        finish: called with the hidden folder when all shards are there; what it leaves beside `data` is moved too.
+    """
     shards = {}
+    shard_size = settings["shard_size"]
     for split, count in settings["num_episodes"].items():
         total = math.ceil(count / shard_size)
         for k in range(total):
@@ -255,7 +305,9 @@ def collect_push_t(
     if found is not None:
         _check_same(found, settings)
     elif folder.exists() and (not folder.is_dir() or any(path != working for path in folder.iterdir())):
-        raise ValueError(f"{folder} exists and is not a Push-T collection; choose a new or empty folder.")
+        raise ValueError(
+            f"{folder} exists and is not a {_TITLES[settings['simulator']]} collection; choose a new or empty folder."
+        )
     if data.exists():
         missing = [name for name in shards if not (data / name).is_file()]
         if missing:
@@ -278,31 +330,37 @@ def collect_push_t(
             total=sum(settings["num_episodes"].values()),
             initial=done,
             unit="episode",
-            desc=f"collecting push_t ({policy})",
+            desc=f"collecting {title}",
             disable=not progress,
         )
         with bar:
             jobs = [(working / "data" / name, settings, *work) for name, work in todo.items()]
-            _run_jobs(jobs, num_workers, bar.update)
+            _run_jobs(write_shard, jobs, num_workers, bar.update)
+        if finish is not None:
+            finish(working, settings)
+        for extra in working.iterdir():
+            if extra.is_dir() and extra.name != "data" and not extra.name.startswith("."):
+                shutil.rmtree(folder / extra.name, ignore_errors=True)  # of an earlier run that ended here
+                os.replace(extra, folder / extra.name)
         os.replace(working / "data", data)  # all shards at once
-    _write_file(folder / "README.md", _readme(settings).encode())
-    _write_file(final, _json({"schema_version": 1, **settings, **_DESCRIPTION}))
+    _write_file(folder / "README.md", readme(settings).encode())
+    _write_file(final, _json({"schema_version": 1, **settings, **description}))
     shutil.rmtree(working, ignore_errors=True)
     return folder
 
 
-def _run_jobs(jobs, num_workers, update):
+def _run_jobs(write_shard, jobs, num_workers, update):
     if num_workers is None:
         num_workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     num_workers = min(num_workers, len(jobs))
     if num_workers <= 1:
         for job in jobs:
-            update(_write_shard(*job))
+            update(write_shard(*job))
         return
     # spawned: forking a process that has run torch or Arrow threads can hang
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(num_workers, mp_context=context, initializer=_start_worker) as executor:
-        futures = [executor.submit(_write_shard, *job) for job in jobs]
+        futures = [executor.submit(write_shard, *job) for job in jobs]
         try:
             for future in as_completed(futures):
                 update(future.result())
@@ -363,12 +421,10 @@ the collection are in `collection.json`.
 """
 
 
-def _check_arguments(num_episodes, episode_length, policy, seed, num_workers, frames_resolution, shard_size):
+def _check_arguments(num_episodes, seed, num_workers, frames_resolution, shard_size, episode_length=1):
     unknown = set(num_episodes) - set(_SPLITS)
     if unknown:
         raise ValueError(f"num_episodes has splits {sorted(unknown)}; expected {', '.join(_SPLITS)}.")
-    if policy not in POLICIES:
-        raise ValueError(f"policy={policy!r}; expected one of {POLICIES}.")
     whole = [(f"num_episodes[{split!r}]", count, 0) for split, count in num_episodes.items()]
     whole += [("episode_length", episode_length, 1), ("seed", seed, 0), ("shard_size", shard_size, 1)]
     whole += [("num_workers", num_workers, 1)] if num_workers is not None else []
@@ -392,6 +448,205 @@ def _check_same(path, settings):
             f"{path} belongs to a collection made with other arguments ({differences}). Use those arguments, or "
             "choose another folder."
         )
+
+
+def collect_collisions(
+    output_dir: str | os.PathLike,
+    *,
+    num_scenes: Mapping[str, int] | None = None,
+    seed: int = 0,
+    num_workers: int | None = None,
+    frames_resolution: int | None = None,
+    videos: bool = False,
+    shard_size: int = 100,
+    progress: bool = True,
+) -> Path:
+    """Sample scenes of the collision world with questions and true counterfactuals, in CLEVRER's files.
+
+    A scene depends on `seed`, split and its place in the split only; the collection is parallel and goes on after an
+    interruption as `collect_push_t` does. Scenes are numbered through all splits in order. The folder has, as CLEVRER
+    does (read by `data.clevrer.ClevrerFolder`):
+
+    - `questions/<split>.json`, and `<split>_plain.json`: counterfactual questions of the same videos whose options are
+      not balanced over what the removal changes (copying the video's own outcome answers most of them);
+    - `annotations/<split>/annotation_AAAAA-BBBBB/annotation_NNNNN.json`;
+    - `predictions/<split>/sim_AAAAA-BBBBB/sim_NNNNN.json`: hidden collisions, and the scene without each object, from
+      simulation; and its start, for `CollisionWorld.from_dict`;
+    - `videos/<split>/video_AAAAA-BBBBB/video_NNNNN.mp4` (480 x 320, 25 per second) if asked for;
+    - `data/`: Parquet for `datasets.load_dataset(str(folder))`, one row per video: `episode_id` ("video_NNNNN"),
+      `state` [128, 60] float32 (6 places of `OBJECT_STATE_NAMES`), `frames` (128 PNG images) if asked for.
+
+    Args:
+        output_dir: the folder: new, empty, or of the same collection.
+        num_scenes: per split ("train", "validation", "test"); default 10,000, 1,000 and 1,000.
+        seed: >= 0.
+        num_workers: processes; default one per core, 1 runs in this process. They are spawned: a script that calls
+            this needs `if __name__ == "__main__":`.
+        frames_resolution: also store square frames of this many pixels; None: none (they can be drawn from the states).
+        videos: also write mp4 files; needs `pip install "cjepa-hf[video]"`.
+        shard_size: scenes per Parquet file, which is also what an interruption can lose of each process.
+        progress: show a progress bar.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: bad arguments; a folder made with other arguments or holding something else.
+        ImportError: `videos` without PyAV.
+        OSError: the disk is full or not writable; finished shards are kept.
+        RuntimeError: a worker process was killed; finished shards are kept.
+    """
+    num_scenes = {"train": 10_000, "validation": 1_000, "test": 1_000} if num_scenes is None else dict(num_scenes)
+    _check_arguments(num_scenes, seed, num_workers, frames_resolution, shard_size)
+    if videos:
+        _import_av()
+    settings = {
+        "simulator": "collisions",
+        "collector_version": _COLLISIONS_VERSION,
+        "physics_version": PHYSICS_VERSION,
+        "seed": int(seed),
+        "num_episodes": {split: int(num_scenes[split]) for split in _SPLITS if num_scenes.get(split)},
+        "frames_resolution": None if frames_resolution is None else int(frames_resolution),
+        "videos": bool(videos),
+        "shard_size": int(shard_size),
+    }
+    return _collect(
+        Path(output_dir),
+        settings,
+        _write_scenes,
+        title="collisions",
+        description=_COLLISIONS_DESCRIPTION,
+        readme=_collisions_readme,
+        finish=_join_questions,
+        num_workers=num_workers,
+        progress=progress,
+    )
+
+
+_COLLISIONS_VERSION = 1  # counts changes that make other scenes or questions from the same seed
+_SCENE_STREAM, _QUESTION_STREAM, _PLAIN_STREAM = 2000, 2001, 2002
+
+
+def _write_scenes(path: Path, settings: dict[str, Any], split: str, indices: range) -> int:
+    """The files of the scenes `indices` of a split; the Parquet file comes last: with it the shard counts as done."""
+    import pyarrow.parquet
+    from datasets import Array2D, Dataset, Features, Image, List, Value
+
+    root, splits = path.parents[1], settings["num_episodes"]
+    offset = sum(splits.get(earlier, 0) for earlier in _SPLITS[: _SPLITS.index(split)])
+    parts: dict[str, list] = {"": [], "_plain": []}
+    columns: dict[str, list] = {"episode_id": [], "state": []}
+    for index in indices:
+        number, key = offset + index, (settings["seed"], _SPLITS.index(split), index)
+
+        def random(stream, key=key):
+            return np.random.default_rng(np.random.SeedSequence((stream, *key)))
+
+        scene = sample_scene(random(_SCENE_STREAM))
+        annotation, predictions = scene_annotation(scene, number), scene_predictions(scene, number)
+        for kind, content in (("annotation", annotation), ("predictions", predictions)):
+            file = root / scene_path(kind, split, number)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            _write_file(file, json.dumps(content, separators=(",", ":")).encode(), sync=False)
+        # from what was stored, which is rounded: answers agree with the files to the last digit
+        truth = VideoTruth(annotation, predictions)
+        questions = make_questions(truth, random(_QUESTION_STREAM))
+        plain = make_counterfactual_questions(truth, random(_PLAIN_STREAM), balanced=False)
+        for variant, found in (("", questions), ("_plain", plain)):
+            scene_questions = {"scene_index": number, "video_filename": video_filename(number), "questions": found}
+            parts[variant].append(scene_questions)
+        states = scene.episode.states[:VISIBLE_FRAMES]
+        columns["episode_id"].append(f"video_{number:05d}")
+        columns["state"].append(states.astype(np.float32))
+        if settings["frames_resolution"] is not None:
+            frames = render_collisions(states, resolution=settings["frames_resolution"])
+            columns.setdefault("frames", []).append([_png(frame) for frame in frames])
+        if settings["videos"]:
+            _write_video(root / scene_path("video", split, number), render_collisions(states))
+    (root / ".questions").mkdir(exist_ok=True)
+    _write_file(root / ".questions" / f"{path.stem}.json", json.dumps(parts).encode())
+    features = {
+        "episode_id": Value("string"),
+        "state": Array2D((None, MAX_OBJECTS * len(OBJECT_STATE_NAMES)), "float32"),
+    }
+    if "frames" in columns:
+        features["frames"] = List(Image())
+    dataset, buffer = Dataset.from_dict(columns, features=Features(features)), io.BytesIO()
+    table = dataset.data.table.replace_schema_metadata(dataset.features.arrow_schema.metadata)
+    pyarrow.parquet.write_table(table, buffer)
+    _write_file(path, buffer.getvalue())
+    return len(indices)
+
+
+def _join_questions(working: Path, settings: dict[str, Any]) -> None:
+    (working / "questions").mkdir(exist_ok=True)
+    for split in settings["num_episodes"]:
+        parts = [json.loads(p.read_text()) for p in sorted((working / ".questions").glob(f"{split}-*-of-*.json"))]
+        for variant in ("", "_plain"):
+            scenes = [scene for part in parts for scene in part[variant]]
+            _write_file(working / "questions" / f"{split}{variant}.json", json.dumps(scenes).encode())
+
+
+def _import_av():
+    try:
+        import av
+    except ImportError as error:
+        raise ImportError('videos=True needs PyAV: run `pip install "cjepa-hf[video]"`.') from error
+    return av
+
+
+def _write_video(path: Path, frames: np.ndarray) -> None:
+    av = _import_av()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=FPS, options={"crf": "18", "threads": "1"})
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    _write_file(path, buffer.getvalue(), sync=False)
+
+
+_COLLISIONS_DESCRIPTION = {
+    "columns": {
+        "state": f"[{VISIBLE_FRAMES}, {MAX_OBJECTS * len(OBJECT_STATE_NAMES)}] float32: {MAX_OBJECTS} times "
+        + ", ".join(OBJECT_STATE_NAMES)
+    },
+    "units": {"position": "world units, the view is 6 x 4 around 0", "angle": "rad", "velocity": "units/s, rad/s"},
+    "fps": FPS,
+}
+
+
+def _collisions_readme(settings):
+    files = "".join(
+        f"      - split: {split}\n        path: data/{split}-*.parquet\n" for split in settings["num_episodes"]
+    )
+    counts = ", ".join(f"{count} {split}" for split, count in settings["num_episodes"].items())
+    frames, videos = settings["frames_resolution"], settings["videos"]
+    more = f"- `frames`: {VISIBLE_FRAMES} PNG images of {frames} px\n" if frames is not None else ""
+    return f"""---
+configs:
+  - config_name: default
+    data_files:
+{files}tags:
+  - video-question-answering
+  - world-model
+---
+
+# Collision world
+
+{counts} scenes of {VISIBLE_FRAMES} frames ({FPS} per second) with questions in CLEVRER's form, simulated with cjepa-hf,
+seed {settings["seed"]}. `questions/`, `annotations/`{", `videos/`" if videos else ""} as in CLEVRER, `predictions/` in
+NS-DR's form: what happens after the video, and without each of its objects. In `questions/*_plain.json` the options of
+counterfactual questions are not balanced over what the removal changes. One row per video in `data/`:
+
+- `episode_id`: string, the video's name
+- `state`: {_COLLISIONS_DESCRIPTION["columns"]["state"]}
+{more}
+Lengths are world units (the view is 6 x 4, its origin in the middle, x right, y down), angles radians, velocities units
+and radians per second. The arguments of the collection are in `collection.json`.
+"""
 
 
 def sample_encoder_frames(

@@ -45,7 +45,7 @@ import pyarrow.parquet as pq
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
-from cjepa_hf.simulators.rendering import render_push_t
+from cjepa_hf.simulators.rendering import render_collisions, render_push_t
 
 from .slots import _check_local_files, _split_of, fingerprint, load_split
 
@@ -55,7 +55,7 @@ logger = logging.getLogger(__name__)
 
 FRAME_COLUMNS = ("frames", "images")
 COPIED_COLUMNS = ("actions", "proprio", "state", "contacts")
-RENDERERS = {"push_t": render_push_t}  # by the `simulator` named in collection.json
+RENDERERS = {"push_t": render_push_t, "collisions": render_collisions}  # by the `simulator` named in collection.json
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ogv", ".gif")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 HDF5_SUFFIXES = (".h5", ".hdf5")
@@ -798,7 +798,9 @@ def _row_videos(data: datasets.Dataset, split: str, column: str, render: Callabl
     def segments(row):
         if "segments" in beside.features:
             return np.asarray(beside.select_columns(["segments"])[row]["segments"])
-        return None if render is None else _push_t_segments(states(row), render)
+        if render is None or render.func is not render_push_t:
+            return None
+        return _push_t_segments(states(row), render)
 
     result: list[Video] = []
     for row, name in enumerate(names):
