@@ -352,6 +352,29 @@ def test_it_compiles_without_graph_breaks_in_training_and_inference(flags):
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("scale", [1.0, 30.0, 1000.0])
+def test_attention_of_any_size_is_that_of_the_eager_implementation(scale):
+    """Small scores take a path of their own, large ones would overflow on it."""
+    model, inputs = tiny(), window()
+    inputs["slots"] = inputs["slots"] * scale
+    results = []
+    for implementation in ("sdpa", "eager"):
+        model.set_attn_implementation(implementation)
+        with torch.no_grad():
+            results.append(model.predict(**inputs))
+        assert results[-1].isfinite().all()
+    results.append(model.predict(**inputs).detach())  # with gradients
+    torch.testing.assert_close(*results[:2], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(*results[1:], rtol=1e-4, atol=1e-4)
+
+
+def test_autocast_leaves_attention_in_float32():
+    model = tiny(norm_first=True)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        inside = model(**window()).predicted_slots
+    torch.testing.assert_close(inside.float(), model(**window()).predicted_slots.detach(), rtol=0.1, atol=0.1)
+
+
 def test_bfloat16_stays_close_to_float32():
     model = tiny(**OURS)
     inputs = window()

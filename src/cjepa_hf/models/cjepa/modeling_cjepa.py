@@ -171,18 +171,34 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
+# exp of anything up to here, summed over all tokens, is far from the limits of float32 on both sides
+MAX_EXPONENT = 60.0
+
+
+@torch.autocast("cpu", enabled=False)
 def cpu_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
     """
     Plain products in float32 for CPUs: with tens of tokens and heads of width 8, PyTorch's fused kernel takes about
-    twice as long in inference and more in training, and so does softmax in bfloat16.
+    twice as long in inference and more in training, and so do products and softmax in bfloat16.
     """
-    query, key, value = (
-        x.to(torch.float32, memory_format=torch.contiguous_format).flatten(0, 1) for x in (query, key, value)
-    )
-    scores = torch.baddbmm(query.new_zeros(()), query, key.transpose(1, 2), beta=0, alpha=scaling)
-    weights = fast_dropout(scores.softmax(dim=-1), dropout, module.training)
-    output = torch.bmm(weights, value).unflatten(0, (-1, module.num_heads)).transpose(1, 2)
-    return output.to(module.out_proj.weight.dtype, memory_format=torch.contiguous_format), None
+    query, key, value = (x.contiguous().flatten(0, 1) for x in (query * scaling, key, value))
+    scores = torch.bmm(query, key.transpose(1, 2))
+    if _small_exponents(scores):
+        # Softmax reduces short rows, which is slow here. With the sums of the exponentials as one more column of the
+        # product, attention takes three quarters of the time.
+        output = torch.bmm(scores.exp_(), F.pad(value, (0, 1), value=1.0))
+        output = output[..., :-1] / output[..., -1:]
+    else:
+        output = torch.bmm(fast_dropout(scores.softmax(dim=-1), dropout, module.training), value)
+    return output.unflatten(0, (-1, module.num_heads)).transpose(1, 2).contiguous(), None
+
+
+def _small_exponents(scores: torch.Tensor) -> bool:
+    """Whether softmax needs no maximum taken off, where that can be asked and no gradient is needed."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    low, high = scores.aminmax()
+    return bool(torch.maximum(-low, high) < MAX_EXPONENT)
 
 
 class CJepaAttention(nn.Module):
@@ -200,18 +216,23 @@ class CJepaAttention(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, num_queries: int | None = None):
         batch, length, size = hidden_states.shape
+        implementation = self.config._attn_implementation
+        on_cpu = implementation == "sdpa" and hidden_states.device.type == "cpu"
         if num_queries is None:
             num_queries = length
-            query, key, value = self.qkv(hidden_states).chunk(3, dim=-1)
+            parts = self.qkv(hidden_states)
+            # cast in one piece: of the strided parts it would take twice as long
+            query, key, value = (parts.float() if on_cpu else parts).chunk(3, dim=-1)
         else:
             # Only the last tokens are read: their queries suffice, while keys and values come from everything.
             weight, bias = self.qkv.weight, self.qkv.bias
             query = F.linear(hidden_states[:, -num_queries:], weight[:size], bias[:size])
-            key, value = F.linear(hidden_states, weight[size:], bias[size:]).chunk(2, dim=-1)
+            parts = F.linear(hidden_states, weight[size:], bias[size:])
+            key, value = (parts.float() if on_cpu else parts).chunk(2, dim=-1)
+            query = query.float() if on_cpu else query
         heads = (batch, -1, self.num_heads, self.head_dim)
         query, key, value = (x.reshape(heads).transpose(1, 2) for x in (query, key, value))
-        implementation = self.config._attn_implementation
-        if implementation == "sdpa" and hidden_states.device.type == "cpu":
+        if on_cpu:
             attention = cpu_attention_forward
         else:
             attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
@@ -225,7 +246,8 @@ class CJepaAttention(nn.Module):
             scaling=self.scaling,
             is_causal=False,
         )
-        return self.out_proj(output.reshape(batch, num_queries, size)), weights
+        output = output.reshape(batch, num_queries, size).to(hidden_states.dtype)
+        return self.out_proj(output), weights
 
 
 class CJepaMlp(nn.Module):
