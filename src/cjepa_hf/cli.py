@@ -71,14 +71,14 @@ def _parser() -> argparse.ArgumentParser:
     _common(sub)
 
     sub = command("collect", collect, "Collect simulated episodes into a dataset folder (resumable).")
-    sub.add_argument("environment", choices=["push_t"])
+    sub.add_argument("environment", choices=["push_t", "collisions"])
     sub.add_argument("--output-dir", required=True)
     sub.add_argument("--episodes", type=int, default=10_000, help="of the training split (default: %(default)s)")
     sub.add_argument("--validation-episodes", type=int, default=500, help="(default: %(default)s)")
-    sub.add_argument("--episode-length", type=int, default=80, help="actions per episode (default: %(default)s)")
-    sub.add_argument(
-        "--policy", choices=["gentle", "weak", "mixture"], default="gentle", help="(default: %(default)s)"
-    )
+    sub.add_argument("--test-episodes", type=int, default=0, help="(default: %(default)s)")
+    sub.add_argument("--episode-length", type=int, help="Push-T: actions per episode (default: 80)")
+    sub.add_argument("--policy", choices=["gentle", "weak", "mixture"], help="Push-T (default: gentle)")
+    sub.add_argument("--videos", action="store_true", help="collisions: also write mp4 files")
     sub.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     sub.add_argument("--workers", type=int, help="processes (default: one per core)")
     sub.add_argument("--frames", type=int, metavar="PX", help="also store frames of this many pixels")
@@ -211,18 +211,33 @@ def demo(arguments, _) -> None:
 
 
 def collect(arguments, _) -> None:
-    from cjepa_hf.data.collect import collect_push_t
+    from cjepa_hf.data.collect import collect_collisions, collect_push_t
 
-    folder = collect_push_t(
-        arguments.output_dir,
-        num_episodes={"train": arguments.episodes, "validation": arguments.validation_episodes},
-        episode_length=arguments.episode_length,
-        policy=arguments.policy,
-        seed=arguments.seed,
-        num_workers=arguments.workers,
-        frames_resolution=arguments.frames,
-        progress=not arguments.json,
-    )
+    counts = {
+        "train": arguments.episodes,
+        "validation": arguments.validation_episodes,
+        "test": arguments.test_episodes,
+    }
+    common = {
+        "seed": arguments.seed,
+        "num_workers": arguments.workers,
+        "frames_resolution": arguments.frames,
+        "progress": not arguments.json,
+    }
+    if arguments.environment == "collisions":
+        if arguments.episode_length is not None or arguments.policy is not None:
+            raise ValueError(
+                "--episode-length and --policy are Push-T's: a collision scene has 128 frames, nobody acts"
+            )
+        folder = collect_collisions(arguments.output_dir, num_scenes=counts, videos=arguments.videos, **common)
+    else:
+        if arguments.videos:
+            raise ValueError("--videos belongs to collisions: Push-T stores frames (--frames 64)")
+        length = 80 if arguments.episode_length is None else arguments.episode_length
+        policy = arguments.policy or "gentle"
+        folder = collect_push_t(
+            arguments.output_dir, num_episodes=counts, episode_length=length, policy=policy, **common
+        )
     print((folder / "collection.json").read_text() if arguments.json else f"Episodes in {folder}")
 
 
