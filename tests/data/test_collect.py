@@ -2,6 +2,7 @@ import io
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,9 +15,12 @@ import pytest
 from PIL import Image
 
 import cjepa_hf
-from cjepa_hf.data.collect import _run_episode, collect_push_t, sample_encoder_frames
+from cjepa_hf.data.clevrer import ClevrerFolder
+from cjepa_hf.data.collect import _run_episode, collect_collisions, collect_push_t, sample_encoder_frames
+from cjepa_hf.simulators.collisions import CollisionWorld
 from cjepa_hf.simulators.push_t import PushTWorld, block_distance
-from cjepa_hf.simulators.rendering import GOAL_POSE, render_push_t
+from cjepa_hf.simulators.questions import answer_question
+from cjepa_hf.simulators.rendering import GOAL_POSE, render_collisions, render_push_t
 
 SMALL = {"num_episodes": {"train": 5, "validation": 2}, "episode_length": 12, "shard_size": 2, "progress": False}
 
@@ -284,3 +288,79 @@ def test_stored_pngs_are_plain_rgb(tmp_path):
     rows = load(folder, tmp_path)["train"].cast_column("frames", datasets.List(datasets.Image(decode=False)))
     image = Image.open(io.BytesIO(rows[0]["frames"][0]["bytes"]))
     assert image.format == "PNG" and image.mode == "RGB" and image.size == (64, 64)
+
+
+SCENES = {"num_scenes": {"train": 3, "validation": 1}, "shard_size": 2, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    return collect_collisions(
+        tmp_path_factory.mktemp("scenes") / "collisions", num_workers=1, frames_resolution=32, **SCENES
+    )
+
+
+def test_collected_scenes_load_as_a_dataset_and_as_clevrer(scenes, tmp_path):
+    rows = load(scenes, tmp_path)
+    assert list(rows["train"]["episode_id"]) == ["video_00000", "video_00001", "video_00002"]
+    assert list(rows["validation"]["episode_id"]) == ["video_00003"]
+    row = rows["validation"].with_format("numpy")[0]
+    assert row["state"].shape == (128, 60) and len(row["frames"]) == 128
+    np.testing.assert_array_equal(row["frames"][70], render_collisions(row["state"][70], resolution=32)[0])
+    folder = ClevrerFolder(scenes)
+    for split, numbers in (("train", [0, 1, 2]), ("validation", [3])):
+        assert list(folder.files("annotation", split)) == list(folder.files("predictions", split)) == numbers
+        for variant in (None, "plain"):
+            questions = folder.questions(split, variant)
+            assert [scene["scene_index"] for scene in questions] == numbers
+            for scene in questions:
+                truth = folder.truth(scene["scene_index"], split)
+                for question in scene["questions"]:
+                    stored = question.get("answer") or [c["answer"] for c in question["choices"]]
+                    assert answer_question(truth, question) == stored
+
+
+def test_stored_starts_replay_to_the_stored_scene_and_its_counterfactuals(scenes, tmp_path):
+    states = load(scenes, tmp_path)["train"].with_format("numpy")[1]["state"]
+    content = json.loads(ClevrerFolder(scenes).files("predictions", "train")[1].read_text())
+    world = CollisionWorld.from_dict(content["initial_state"])
+    np.testing.assert_array_equal(world.simulate(128).states.astype(np.float32), states)
+    for prediction in content["predictions"][1:]:
+        rest = world.without(prediction["what_if"]).simulate(128)
+        assert [c["frame"] for c in prediction["collisions"]] == [c.frame for c in rest.collisions]
+
+
+def test_an_interrupted_collection_of_scenes_is_finished_to_the_same_bytes(scenes, tmp_path):
+    folder = shutil.copytree(scenes, tmp_path / "collisions")
+    working = folder / ".collecting"
+    for name in ("data", "annotations", "predictions"):
+        working.mkdir(exist_ok=True)
+        (folder / name).rename(working / name)
+    (working / ".questions").mkdir()
+    settings = json.loads((folder / "collection.json").read_text())
+    (working / "collection.json").write_text(json.dumps(settings))
+    for name in ("collection.json", "README.md"):
+        (folder / name).unlink()
+    questions = {p.stem: json.loads(p.read_text()) for p in (folder / "questions").iterdir()}
+    parts = {"train-00000-of-00002": ("train", 0, 2), "validation-00000-of-00001": ("validation", 0, 1)}
+    for name, (split, start, end) in parts.items():
+        part = {"": questions[split][start:end], "_plain": questions[f"{split}_plain"][start:end]}
+        (working / ".questions" / f"{name}.json").write_text(json.dumps(part))
+    (working / "data" / "train-00001-of-00002.parquet").unlink()  # the shard that was not done
+    collect_collisions(folder, num_workers=1, frames_resolution=32, **SCENES)
+    assert content(folder) == content(scenes)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"num_scenes": {"dev": 1}}, "splits"), ({"seed": -1}, "seed"), ({"frames_resolution": 2}, "frames_resolution")],
+)
+def test_bad_arguments_of_scenes_are_refused_before_anything_is_written(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        collect_collisions(tmp_path / "collisions", **{**SCENES, **change})
+    assert not (tmp_path / "collisions").exists()
+
+
+def test_a_folder_of_push_t_is_refused_for_scenes(collected):
+    with pytest.raises(ValueError, match="other arguments"):
+        collect_collisions(collected, **SCENES)
