@@ -524,7 +524,10 @@ class CJepaModel(CJepaPreTrainedModel):
         return self.action_embedding(actions.to(self.dtype))
 
     def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Slots [B, T, N, D] of frames [B, T, 3, H, W] in [0, 1], by the slot encoder this checkpoint carries."""
+        """
+        Slots [B, T, N, D] of frames [B, T, 3, H, W], by the slot encoder this checkpoint carries: in the units of that
+        encoder's own image processor (which `AutoImageProcessor.from_pretrained` loads from the same folder).
+        """
         if self.slot_encoder is None:
             raise ValueError(
                 "This model carries no slot encoder (slot_encoder_config is None): encode the frames with the encoder "
