@@ -16,7 +16,7 @@ from PIL import Image
 
 import cjepa_hf
 from cjepa_hf.data.clevrer import ClevrerFolder
-from cjepa_hf.data.collect import _run_episode, collect_collisions, collect_push_t, sample_encoder_frames
+from cjepa_hf.data.collect import collect_collisions, collect_push_t, run_episode, sample_encoder_frames
 from cjepa_hf.simulators.collisions import CollisionWorld
 from cjepa_hf.simulators.push_t import PushTWorld, block_distance
 from cjepa_hf.simulators.questions import answer_question
@@ -64,7 +64,7 @@ def test_load_dataset_gives_the_documented_columns(collected, tmp_path):
 
 def test_stored_episodes_are_what_the_simulator_does(collected, tmp_path):
     for index, row in enumerate(load(collected, tmp_path)["train"].with_format("numpy")):
-        episode = _run_episode(PushTWorld(), "gentle", (0, 0, index), 12)
+        episode = run_episode(PushTWorld(), "gentle", (0, 0, index), 12)
         np.testing.assert_array_equal(row["actions"], episode["actions"])
         np.testing.assert_array_equal(row["state"], episode["state"].astype(np.float32))
         np.testing.assert_array_equal(row["contacts"], episode["contacts"])
@@ -73,7 +73,7 @@ def test_stored_episodes_are_what_the_simulator_does(collected, tmp_path):
 @pytest.mark.parametrize("policy", ["gentle", "weak"])
 def test_replaying_the_stored_actions_gives_the_states_and_contacts(policy):
     for index in range(5):
-        episode = _run_episode(PushTWorld(), policy, (3, 1, index), 60)
+        episode = run_episode(PushTWorld(), policy, (3, 1, index), 60)
         world = PushTWorld(episode["state"][0])
         for t in range(60):
             state = world.step(episode["actions"][t].tolist())
@@ -83,7 +83,7 @@ def test_replaying_the_stored_actions_gives_the_states_and_contacts(policy):
 
 def test_policies_push_as_they_say():
     episodes = {
-        policy: [_run_episode(PushTWorld(), policy, (0, 0, i), 80) for i in range(30)] for policy in ("gentle", "weak")
+        policy: [run_episode(PushTWorld(), policy, (0, 0, i), 80) for i in range(30)] for policy in ("gentle", "weak")
     }
     spread = {p: np.concatenate([e["actions"][:-1] for e in es]).std() for p, es in episodes.items()}
     touching = {p: np.concatenate([e["contacts"][:-1, 0] for e in es]).mean() for p, es in episodes.items()}
@@ -98,14 +98,14 @@ def test_policies_push_as_they_say():
 
 def test_mixture_alternates_between_the_policies():
     for index, policy in ((0, "gentle"), (1, "weak")):
-        mixed = _run_episode(PushTWorld(), "mixture", (0, 0, index), 20)
-        pure = _run_episode(PushTWorld(), policy, (0, 0, index), 20)
+        mixed = run_episode(PushTWorld(), "mixture", (0, 0, index), 20)
+        pure = run_episode(PushTWorld(), policy, (0, 0, index), 20)
         np.testing.assert_array_equal(mixed["state"], pure["state"])
 
 
 def test_splits_seeds_and_indices_have_streams_of_their_own():
     streams = [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0)]
-    starts = [_run_episode(PushTWorld(), "gentle", stream, 1)["state"][0] for stream in streams]
+    starts = [run_episode(PushTWorld(), "gentle", stream, 1)["state"][0] for stream in streams]
     assert len({start.tobytes() for start in starts}) == len(streams)
 
 
@@ -124,7 +124,7 @@ def test_frames_are_those_of_the_states(tmp_path):
     folder = collect_push_t(tmp_path / "frames", num_workers=1, **arguments)
     row = load(folder, tmp_path)["train"][0]
     assert len(row["frames"]) == 13 and all(isinstance(frame, Image.Image) for frame in row["frames"])
-    states = _run_episode(PushTWorld(), "gentle", (0, 0, 0), 12)["state"]
+    states = run_episode(PushTWorld(), "gentle", (0, 0, 0), 12)["state"]
     np.testing.assert_array_equal(
         np.stack([np.asarray(frame) for frame in row["frames"]]), render_push_t(states, resolution=32)
     )

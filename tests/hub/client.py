@@ -18,7 +18,7 @@ from transformers import AutoModel, pipeline
 from cjepa_hf import CJepaConfig, CJepaModel, ColorIsaConfig, ColorIsaImageProcessor, ColorIsaModel
 from cjepa_hf.cli import main
 from cjepa_hf.data import StreamingSlotWindows, load_slot_dataset, write_slot_dataset
-from cjepa_hf.data.extract import _open_encoder
+from cjepa_hf.data.extract import open_encoder
 from cjepa_hf.models.cjepa import CJepaOutput
 
 N, D = 4, 16
@@ -58,7 +58,7 @@ def upload_slots(folder):
     torch.manual_seed(2)
     ColorIsaModel(ENCODER).push_to_hub("tester/encoder")
     ColorIsaImageProcessor().push_to_hub("tester/encoder")
-    _, _, description = _open_encoder("tester/encoder", None, None, "cpu")
+    _, _, description = open_encoder("tester/encoder", None, None, "cpu")
     random = np.random.default_rng(0)
 
     def episode(number):

@@ -301,7 +301,7 @@ def test_training_refuses_unanswered_questions_and_contradictions(data, tmp_path
     with pytest.raises(ValueError, match="hidden_size must be a number"):
         main(command(data, tmp_path / "x", "--hidden_size", "wide"))
     (tmp_path / "bad.json").write_text("{")
-    with pytest.raises(ValueError, match="are not JSON"):
+    with pytest.raises(ValueError, match="is not valid json"):
         main(command(data, tmp_path / "x", "--questions", str(tmp_path / "bad.json")))
 
 

@@ -14,7 +14,7 @@ from accelerate import Accelerator, debug_launcher
 from accelerate.state import AcceleratorState
 from transformers import AutoImageProcessor
 
-from cjepa_hf.data.extract import _open_encoder
+from cjepa_hf.data.extract import open_encoder
 from cjepa_hf.data.slots import SlotWindows, load_slot_dataset, window_statistics, write_slot_dataset
 from cjepa_hf.models.cjepa import CJepaConfig, CJepaModel
 from cjepa_hf.models.color_isa import ColorIsaConfig, ColorIsaImageProcessor, ColorIsaModel
@@ -207,7 +207,7 @@ def test_an_encoder_with_other_weights_than_the_one_that_made_the_slots_is_refus
     for name in ("maker", "other"):
         ColorIsaModel(ColorIsaConfig(num_slots=N, slot_size=D, hidden_size=16)).save_pretrained(tmp_path / name)
         ColorIsaImageProcessor().save_pretrained(tmp_path / name)
-    _, _, description = _open_encoder(tmp_path / "maker", None, None, None)
+    _, _, description = open_encoder(tmp_path / "maker", None, None, None)
     splits = {"train": map(episode, range(4)), "validation": map(episode, range(4, 6))}
     write_slot_dataset(tmp_path / "slots", splits, frame_skip=2, encoder=description)
     words = ("--max_steps", "1", "--slot_encoder")
@@ -216,7 +216,7 @@ def test_an_encoder_with_other_weights_than_the_one_that_made_the_slots_is_refus
         main(command(tmp_path / "slots", tmp_path / "b", *words, str(tmp_path / "other")))
     # nor is one that hides in the model that training starts from
     splits = {"train": map(episode, range(4)), "validation": map(episode, range(4, 6))}
-    description = _open_encoder(tmp_path / "other", None, None, None)[2]
+    description = open_encoder(tmp_path / "other", None, None, None)[2]
     write_slot_dataset(tmp_path / "others_slots", splits, frame_skip=2, encoder=description)
     start = ("--max_steps", "1", "--init_model", str(tmp_path / "a"))
     main(command(tmp_path / "slots", tmp_path / "c", *start))

@@ -103,7 +103,7 @@ def _weak_policy(rng: np.random.Generator, length: int) -> Callable[[list[float]
     return act
 
 
-def _run_episode(world: PushTWorld, policy: str, stream: tuple[int, int, int], length: int) -> dict[str, np.ndarray]:
+def run_episode(world: PushTWorld, policy: str, stream: tuple[int, int, int], length: int) -> dict[str, np.ndarray]:
     """One episode of `length` actions, hence length + 1 rows; `stream` = (seed, split, index) is all its randomness."""
     rng = np.random.default_rng(np.random.SeedSequence(stream))
     if policy == "mixture":
@@ -150,7 +150,7 @@ def _write_shard(path: Path, settings: dict[str, Any], split: str, indices: rang
     resolution = settings["frames_resolution"]
     for index in indices:
         stream = (settings["seed"], _SPLITS.index(split), index)
-        episode = _run_episode(world, settings["policy"], stream, settings["episode_length"])
+        episode = run_episode(world, settings["policy"], stream, settings["episode_length"])
         row = {
             "episode_id": f"push_t-{settings['policy']}-s{settings['seed']}-{split}-{index:06d}",
             "actions": episode["actions"],
@@ -676,7 +676,7 @@ def sample_encoder_frames(
     scattered = random_states(round(0.3 * num_frames), rng, agent_range=(0, TABLE_SIZE), block_range=(0, TABLE_SIZE))
     world, states, left, index = PushTWorld(), [scattered], num_frames - len(scattered), 0
     while left > 0:
-        episode = _run_episode(world, "gentle", (seed, _ENCODER_STREAM, index), 80)["state"]
+        episode = run_episode(world, "gentle", (seed, _ENCODER_STREAM, index), 80)["state"]
         states.append(rng.choice(episode, min(20, left), replace=False))
         left, index = left - len(states[-1]), index + 1
     states = rng.permutation(np.concatenate(states))

@@ -103,7 +103,7 @@ def extract_slots(
         render_resolution=render_resolution,
         render_options=render_options,
     )
-    model, image_processor, description = _open_encoder(encoder, encoder_revision, image_processor, device)
+    model, image_processor, description = open_encoder(encoder, encoder_revision, image_processor, device)
     num_readers = num_readers or min(os.cpu_count() or 1, 8)
     with ThreadPoolExecutor(num_readers) as pool:
         headers = {split: list(pool.map(_header, videos)) for split, videos in opened.splits.items()}
@@ -488,7 +488,7 @@ def _seed(seed: int, video: Video) -> int:
 # Encoder
 
 
-def _open_encoder(encoder, revision, image_processor, device) -> tuple[torch.nn.Module, Callable | None, dict]:
+def open_encoder(encoder, revision, image_processor, device) -> tuple[torch.nn.Module, Callable | None, dict]:
     """Model on its device, image processor, and what the dataset records of them."""
     if isinstance(encoder, torch.nn.Module):
         model, name = encoder, getattr(getattr(encoder, "config", None), "name_or_path", "") or type(encoder).__name__
@@ -518,12 +518,12 @@ def _open_encoder(encoder, revision, image_processor, device) -> tuple[torch.nn.
         "name": Path(name).resolve().name if Path(name).is_dir() else name,
         "revision": getattr(getattr(model, "config", None), "_commit_hash", None) or revision,
         "config_hash": fingerprint({k: v for k, v in config.items() if k not in volatile and k != "_commit_hash"}),
-        "weights_hash": _weights_hash(model),
+        "weights_hash": weights_hash(model),
     }
     return model, image_processor, description
 
 
-def _weights_hash(model: torch.nn.Module) -> str:
+def weights_hash(model: torch.nn.Module) -> str:
     total = hashlib.sha256()
     for key, value in sorted(model.state_dict().items()):
         total.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())

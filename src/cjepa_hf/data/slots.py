@@ -138,7 +138,7 @@ class _FrameColumn:
         return out.take(back, axis=0)
 
 
-def _frame_columns(data: datasets.Dataset, names: Iterable[str]) -> dict[str, _FrameColumn]:
+def frame_columns(data: datasets.Dataset, names: Iterable[str]) -> dict[str, _FrameColumn]:
     """Frame columns of a map-style dataset, in the order of its rows (also after select, shuffle, concatenate)."""
     columns = {}
     for name in names:
@@ -226,7 +226,7 @@ class SlotDataset:
 
     def _check_episodes(self, check_values: bool) -> None:
         try:
-            columns = _frame_columns(self.data, self.columns)
+            columns = frame_columns(self.data, self.columns)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from None
         self._lengths = columns["slots"].length
@@ -337,7 +337,7 @@ def load_slot_dataset(
             raise ValueError(
                 f"{name} is not a slot dataset: it has no {METADATA_FILE}. Make one with `cjepa-hf extract`"
             )
-        _check_local_files(folder)
+        check_local_files(folder)
         source, revision = str(folder), None
     else:
         source = name
@@ -392,7 +392,7 @@ def load_split(source: str, split: str, **arguments) -> datasets.Dataset | datas
     return load_dataset(source, split=split, **arguments)
 
 
-def _check_local_files(folder: Path) -> None:
+def check_local_files(folder: Path) -> None:
     """A truncated Parquet file is named here: `load_dataset` would only say that generation failed."""
     for path in sorted((folder / "data").glob("*.parquet")):
         try:
@@ -488,11 +488,11 @@ class SlotDatasetWriter:
         self._finished = {}
         for path in self._files():
             names = pq.read_table(path, columns=["episode_id"]).column("episode_id").to_pylist()
-            self._finished.setdefault(_split_of(path), set()).update(names)
+            self._finished.setdefault(split_of(path), set()).update(names)
             self._features = Features.from_arrow_schema(pq.read_schema(path))
 
     def _files(self, split: str | None = None) -> list[Path]:
-        return sorted(p for p in self._data.glob("*.parquet") if split is None or _split_of(p) == split)
+        return sorted(p for p in self._data.glob("*.parquet") if split is None or split_of(p) == split)
 
     def finished(self, split: str) -> set[str]:
         """Names of the episodes of `split` in finished files; a resumed run leaves these out."""
@@ -728,7 +728,7 @@ def _nested(arrays: list[np.ndarray]) -> pa.ListArray:
     return pa.ListArray.from_arrays(pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)), values)
 
 
-def _split_of(path: Path) -> str:
+def split_of(path: Path) -> str:
     return re.fullmatch(r"(.+?)-\d{5}(-of-\d{5})?", path.stem).group(1)
 
 
@@ -871,7 +871,7 @@ def window_statistics(
             rows = (row[column] for row in data.select_columns([column]).with_format("numpy"))
             chunks = ((row, np.zeros(1, np.int64), np.array([len(row)])) for row in rows)
         else:
-            chunks = _by_chunk(_frame_columns(data, [column])[column])
+            chunks = _by_chunk(frame_columns(data, [column])[column])
         result |= _block_statistics(
             chunks, key, steps, frame_skip, features[column].shape[1], block=column == "actions"
         )
@@ -980,7 +980,7 @@ class SlotWindows(torch.utils.data.Dataset):
                 f"{self.steps * frame_skip} frames; the longest of {len(dataset)} episodes has {longest}. Use shorter "
                 f"windows, a smaller frame_skip, or longer episodes"
             )
-        self._views = _frame_columns(dataset.data, self.columns)
+        self._views = frame_columns(dataset.data, self.columns)
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -991,7 +991,7 @@ class SlotWindows(torch.utils.data.Dataset):
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
-        self._views = _frame_columns(self.dataset.data, self.columns)
+        self._views = frame_columns(self.dataset.data, self.columns)
 
     def locate(self, indices) -> tuple[np.ndarray, np.ndarray]:
         """Episode and first frame of the windows `indices` [B]: two int64 arrays [B]."""

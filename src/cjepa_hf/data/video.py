@@ -47,7 +47,7 @@ from huggingface_hub.errors import EntryNotFoundError
 
 from cjepa_hf.simulators.rendering import render_collisions, render_push_t
 
-from .slots import _check_local_files, _split_of, fingerprint, load_split
+from .slots import check_local_files, fingerprint, load_split, split_of
 
 __all__ = ["FrameVideo", "Video", "VideoFile", "VideoSource", "open_source", "open_videos"]
 
@@ -680,8 +680,8 @@ def _open_datasets(source, revision, splits) -> tuple[str, dict, dict[str, datas
             if isinstance(data, datasets.Dataset):
                 data = datasets.DatasetDict({_split_name(name) or "train": data})
             return name, collection, {split: data[split] for split in _wanted(name, list(data), splits)}
-        _check_local_files(folder)
-        available = list(dict.fromkeys(_split_of(p) for p in sorted(folder.glob("data/*-[0-9]*.parquet"))))
+        check_local_files(folder)
+        available = list(dict.fromkeys(split_of(p) for p in sorted(folder.glob("data/*-[0-9]*.parquet"))))
         available = available or datasets.get_dataset_split_names(str(folder))
         revision = None
     else:
@@ -800,7 +800,7 @@ def _row_videos(data: datasets.Dataset, split: str, column: str, render: Callabl
             return np.asarray(beside.select_columns(["segments"])[row]["segments"])
         if render is None or render.func is not render_push_t:
             return None
-        return _push_t_segments(states(row), render)
+        return push_t_segments(states(row), render)
 
     result: list[Video] = []
     for row, name in enumerate(names):
@@ -813,7 +813,7 @@ def _row_videos(data: datasets.Dataset, split: str, column: str, render: Callabl
     return result
 
 
-def _push_t_segments(states: np.ndarray, render: Callable) -> np.ndarray:
+def push_t_segments(states: np.ndarray, render: Callable) -> np.ndarray:
     """int [T, H, W]: where the picture changes when agent (1), block (3) and goal (2) are left out one after another."""
     seen, hidden = render(states).astype(int), []
     labels = np.zeros(seen.shape[:3], np.int64)

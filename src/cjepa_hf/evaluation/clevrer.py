@@ -21,9 +21,10 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from ..data.clevrer import load_questions
 from ..data.slots import load_slot_dataset
 from ..models.aloe import QUESTION_TYPES, AloeForVideoQuestionAnswering, AloeProcessor
-from ..training.aloe import MODEL_INPUTS, QuestionDataset, _load_questions
+from ..training.aloe import MODEL_INPUTS, QuestionDataset
 from ..training.trainer import write_text
 from .metrics import paired_difference, success_rate
 
@@ -241,7 +242,7 @@ def evaluate_question_answering(
         "against_text_only": the first model against the first text-only model on the same questions,
         "predictions": one list per model, and what was evaluated}. Without answers there are predictions alone.
     """
-    scenes = _load_questions(questions)
+    scenes = load_questions(questions)
     slots = load_slot_dataset(dataset, split)
     has_answers = any(
         (q.get("answer") if q["question_type"] == "descriptive" else q["choices"][0].get("answer")) is not None
@@ -269,7 +270,7 @@ def evaluate_question_answering(
                 predictions.append(answers)
             add(name, kind, answers)
     if training_questions is not None:
-        add("majority", "majority", majority_answers(_load_questions(training_questions), scenes))
+        add("majority", "majority", majority_answers(load_questions(training_questions), scenes))
     results = {
         "models": [str(name) for name in models],
         "dataset": str(dataset),

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from cjepa_hf.data.extract import Encoded, _open_encoder, encode_videos
+from cjepa_hf.data.extract import Encoded, encode_videos, open_encoder
 from cjepa_hf.data.video import Video, open_source
 
 from .metrics import foreground_ari, identity_switches
@@ -78,7 +78,7 @@ def write_previews(
         split = "validation" if enough else max(opened.splits, key=lambda name: len(opened.splits[name]))
     videos = opened.splits[split]
     chosen = [videos[i] for i in sorted({round(x) for x in np.linspace(0, len(videos) - 1, num_videos)})]
-    model, image_processor, description = _open_encoder(encoder, None, image_processor, device)
+    model, image_processor, description = open_encoder(encoder, None, image_processor, device)
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     result = {"source": opened.name, "split": split, "encoder": description, "videos": [], "skipped": []}

@@ -47,7 +47,7 @@ def make_push_t_protocol(
     start, and as goal the state `goal_offset` steps later. Kept are those in which the block moves more than 20 px or
     turns more than 20 degrees (so that none is solved at the start) and everything stays on the table throughout.
     """
-    from cjepa_hf.data.collect import _run_episode
+    from cjepa_hf.data.collect import run_episode
     from cjepa_hf.simulators.push_t import PushTWorld
 
     world, rng = PushTWorld(), np.random.default_rng(seed)
@@ -55,7 +55,7 @@ def make_push_t_protocol(
     room = {"near": num_tasks // 2, "far": num_tasks - num_tasks // 2}
     index = 0
     while sum(room.values()):
-        episode = _run_episode(world, "gentle", (seed, 2, index), 80)
+        episode = run_episode(world, "gentle", (seed, 2, index), 80)
         index += 1
         start = int(rng.integers(5, 81 - goal_offset))
         state, goal = (np.round(episode["state"][t], 4) for t in (start, start + goal_offset))

@@ -18,7 +18,8 @@ from huggingface_hub import ModelCardData
 from torch import Tensor, nn
 from transformers.hf_argparser import HfArg
 
-from ..data.slots import SlotDataset, _frame_columns, load_slot_dataset
+from ..data.clevrer import load_questions
+from ..data.slots import SlotDataset, frame_columns, load_slot_dataset
 from ..models.aloe import QUESTION_TYPES, AloeConfig, AloeForVideoQuestionAnswering, AloeProcessor
 from .arguments import TrainArguments, parse_arguments
 from .trainer import (
@@ -122,19 +123,6 @@ def config_overrides(arguments: Any) -> dict[str, int | float]:
 # --- data ----------------------------------------------------------------------------------------------------------
 
 
-def _load_questions(path: str | Path) -> list[dict[str, Any]]:
-    """Scenes of a CLEVRER question file: [{"scene_index", "video_filename", "questions": [...]}]."""
-    try:
-        scenes = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"cannot read the questions {path}: {error}") from error
-    except ValueError as error:
-        raise ValueError(f"the questions {path} are not JSON: {error}") from error
-    if not isinstance(scenes, list) or not all(isinstance(s, dict) and "questions" in s for s in scenes):
-        raise ValueError(f"the questions {path}: expected a list of scenes, each with a list `questions`")
-    return scenes
-
-
 def video_names(scene: Mapping[str, Any]) -> list[str]:
     """Names under which the slots of a scene's video may be stored, the likeliest first."""
     names = []
@@ -227,7 +215,7 @@ class QuestionDataset(torch.utils.data.Dataset):
         self.labels = np.array(labels, np.int64)
         self.episode, self.types = np.array(episode), np.array(types)
         self.frames = np.array(shifts)[:, None] + np.arange(processor.num_frames) * processor.stride
-        self._slots = _frame_columns(dataset.data, ["slots"])["slots"]
+        self._slots = frame_columns(dataset.data, ["slots"])["slots"]
 
     def _encode(self, question: Mapping[str, Any]) -> tuple[np.ndarray, list[int]]:
         if question["question_type"] == "descriptive":
@@ -251,7 +239,7 @@ class QuestionDataset(torch.utils.data.Dataset):
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
-        self._slots = _frame_columns(self.dataset.data, ["slots"])["slots"]
+        self._slots = frame_columns(self.dataset.data, ["slots"])["slots"]
 
     def select(self, indices: Iterable[int]) -> "QuestionDataset":
         """The questions `indices`, in that order."""
@@ -397,8 +385,8 @@ def main(argv: Sequence[str] | None = None) -> TrainResult:
     args, config_arguments = parse_arguments([AloeTrainArguments, AloeConfigArguments], argv, description=__doc__)
     overrides = config_overrides(config_arguments)
     accelerator = make_accelerator(args)
-    scenes = _load_questions(args.questions)
-    validation_scenes = _load_questions(args.validation_questions) if args.validation_questions else None
+    scenes = load_questions(args.questions)
+    validation_scenes = load_questions(args.validation_questions) if args.validation_questions else None
     with accelerator.main_process_first():  # the first process prepares the memory-mapped files
         slots = load_slot_dataset(args.dataset, args.train_split, revision=args.dataset_revision)
         validation_slots = None

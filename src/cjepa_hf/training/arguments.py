@@ -185,3 +185,15 @@ def _check_types(instance: Any) -> None:
             setattr(instance, field.name, value)
         if kind in (bool, int, float, str) and type(value) is not kind:
             raise ValueError(f"{field.name} must be {kind.__name__}, got {value!r}")
+
+
+def parse_value(text: str) -> Any:
+    """ "3" -> 3, "0,2" or "[0, 2]" -> [0, 2], "true" -> True, "none" -> None, anything else stays text."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    if text.lower() in ("none", "null"):
+        return None
+    try:
+        return json.loads(f"[{text}]" if "," in text and not text.startswith("[") else text)
+    except json.JSONDecodeError:
+        return text

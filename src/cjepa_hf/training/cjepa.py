@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModel, BaseImageProcessor
 from transformers.hf_argparser import HfArg
 
-from ..data.extract import _weights_hash
+from ..data.extract import weights_hash
 from ..data.slots import SlotDataset, SlotWindows, StreamingSlotWindows, load_slot_dataset, window_statistics
 from ..models.cjepa import CJepaConfig, CJepaModel
-from .arguments import TrainArguments, parse_arguments
+from .arguments import TrainArguments, parse_arguments, parse_value
 from .trainer import (
     TrainResult,
     create_hub_repository,
@@ -110,23 +110,11 @@ def config_overrides(arguments: Any) -> dict[str, Any]:
     for name in CONFIG_FIELDS:
         value = getattr(arguments, name)
         if isinstance(value, str):
-            value = _parse_value(value)
+            value = parse_value(value)
         elif value is None:
             continue
         overrides[name] = value
     return overrides
-
-
-def _parse_value(text: str) -> Any:
-    """ "3" -> 3, "0,2" or "[0, 2]" -> [0, 2], "true" -> True, "none" -> None, anything else stays text."""
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    if text.lower() in ("none", "null"):
-        return None
-    try:
-        return json.loads(f"[{text}]" if "," in text and not text.startswith("[") else text)
-    except json.JSONDecodeError:
-        return text
 
 
 # --- objective and metrics -----------------------------------------------------------------------------------------
@@ -258,7 +246,7 @@ def build_model(
         return model, None
     place = args.slot_encoder or args.init_model
     made_by = (dataset.metadata.get("encoder") or {}).get("weights_hash")
-    if made_by not in (None, _weights_hash(model.slot_encoder)):
+    if made_by not in (None, weights_hash(model.slot_encoder)):
         raise ValueError(
             f"the slots of {dataset.name} were made by an encoder with other weights than that of {place}: pass the "
             f"one that made them as --slot_encoder, or extract the dataset again"

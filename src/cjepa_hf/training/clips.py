@@ -13,12 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.hf_argparser import HfArg
 
-from ..data.video import Video, _push_t_segments, open_source
+from ..data.video import Video, open_source, push_t_segments
 from ..evaluation.metrics import foreground_ari
 from ..simulators.push_t import random_states
 from ..simulators.rendering import TABLE_SIZE, render_push_t
-from .arguments import TrainArguments, parse_arguments
-from .cjepa import _parse_value
+from .arguments import TrainArguments, parse_arguments, parse_value
 from .trainer import TrainResult, create_hub_repository, make_accelerator, push_folder_to_hub, save_model_folder, train
 
 logger = logging.getLogger(__name__)
@@ -151,7 +150,7 @@ class RandomPushT(torch.utils.data.Dataset):
         render = partial(render_push_t, goal_pose=goals, resolution=self.resolution)
         clip = {"frames": render(states)}
         if self.segments:
-            clip["segments"] = _push_t_segments(states, render)
+            clip["segments"] = push_t_segments(states, render)
         if np.random.random() < self.flip:
             clip = {name: np.flip(value, axis=2) for name, value in clip.items()}
         return clip
@@ -258,7 +257,7 @@ def config_overrides(arguments: Any) -> dict[str, Any]:
     overrides = {}
     for name, value in asdict(arguments).items():
         if isinstance(value, str):
-            value = json.loads(value) if value.startswith("{") else _parse_value(value)
+            value = json.loads(value) if value.startswith("{") else parse_value(value)
         elif value is None:
             continue
         overrides[name] = value
