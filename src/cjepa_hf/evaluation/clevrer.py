@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from ..data.clevrer import load_questions
+from ..data.clevrer import load_questions, write_submission
 from ..data.slots import load_slot_dataset
 from ..models.aloe import QUESTION_TYPES, AloeForVideoQuestionAnswering, AloeProcessor
 from ..training.aloe import MODEL_INPUTS, QuestionDataset
@@ -320,22 +320,6 @@ def _cell(rate: Mapping[str, float], options: Mapping[str, float] | None = None)
     return text + (f" ({100 * options['rate']:.1f})" if options else "")
 
 
-def submission(predictions: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """`predictions` with the fields of CLEVRER's submission file alone (no scores), ordered by scene."""
-    scenes = []
-    for scene in sorted(predictions, key=lambda scene: scene["scene_index"]):
-        questions = []
-        for question in scene["questions"]:
-            question = dict(question)
-            if "choices" in question:
-                question["choices"] = [
-                    {name: choice[name] for name in ("choice_id", "answer")} for choice in question["choices"]
-                ]
-            questions.append(question)
-        scenes.append({"scene_index": scene["scene_index"], "questions": questions})
-    return scenes
-
-
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description="Accuracy of ALOE on questions in CLEVRER's format, with baselines.")
     parser.add_argument("models", nargs="+", help="trained folders or Hub ids, for example one per seed")
@@ -358,7 +342,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if args.output:
         write_text(args.output, json.dumps(results, indent=1))
     if args.submission:
-        write_text(args.submission, json.dumps(submission(predictions[0])))
+        write_submission(args.submission, predictions[0], load_questions(args.questions))
     return results
 
 
