@@ -277,6 +277,26 @@ def test_slot_noise_moves_observed_slots_only_and_does_not_unfreeze_static_ones(
     assert inputs["slot_mask"][:, 1:, :2].all() and not inputs["slot_mask"][:, :, 2].any()
 
 
+def test_the_rollout_loss_compares_all_that_is_imagined_from_the_first_frame():
+    model, batch = tiny_model(num_masked_slots=0).train(), batch_of(4)
+    loss, terms = world_model_loss(model, arguments("--rollout_weight", "0.5"), STATISTICS)(model, batch)
+    plain, plain_terms = world_model_loss(model, arguments(), STATISTICS)(model, batch)
+    imagined = model.rollout(
+        batch["slots"][:, :1], actions=batch["actions"][:, :3], proprio=batch["proprio"][:, :1], num_steps=3
+    ).slots
+    expected = (imagined - batch["slots"][:, 1:]).square().mean()
+    torch.testing.assert_close(terms["rollout_loss"], expected.detach())
+    torch.testing.assert_close(loss, plain + 0.5 * expected)
+    assert "rollout_loss" not in plain_terms
+    model.eval()
+    assert (
+        "rollout_loss"
+        not in world_model_loss(model, arguments("--rollout_weight", "0.5"), STATISTICS)(model, batch)[1]
+    )
+    with pytest.raises(ValueError, match="rollout_weight must be at least 0"):
+        arguments("--rollout_weight", "-1")
+
+
 def test_unknown_actions_and_proprioception_become_the_mean():
     model, batch = tiny_model().eval(), batch_of(2)
     filled = {name: value.clone() for name, value in batch.items()}
@@ -366,7 +386,7 @@ def _two_ranks(path: str) -> None:
     if accelerator.num_processes != 2:
         raise RuntimeError(f"{accelerator.num_processes} processes")
     model = tiny_model(residual_prediction="last", anchor="last_visible", norm_first=True).train()
-    loss_fn = world_model_loss(model, arguments(), STATISTICS)
+    loss_fn = world_model_loss(model, arguments("--rollout_weight", "0.5"), STATISTICS)
     half = slice(4 * accelerator.process_index, 4 * accelerator.process_index + 4)
     batch = {name: value[half] for name, value in _masked_batch().items()}
     compute_gradients(accelerator, accelerator.prepare(model), loss_fn, [batch], 0, 0)
@@ -379,9 +399,8 @@ def test_two_processes_give_the_gradient_of_one(tmp_path):
     debug_launcher(_two_ranks, args=(str(tmp_path / "gradients.pt"),), num_processes=2)
     two = torch.load(tmp_path / "gradients.pt", weights_only=True)
     model = tiny_model(residual_prediction="last", anchor="last_visible", norm_first=True).train()
-    compute_gradients(
-        Accelerator(cpu=True), model, world_model_loss(model, arguments(), STATISTICS), [_masked_batch()], 0, 0
-    )
+    loss_fn = world_model_loss(model, arguments("--rollout_weight", "0.5"), STATISTICS)
+    compute_gradients(Accelerator(cpu=True), model, loss_fn, [_masked_batch()], 0, 0)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, two[name], atol=1e-6, rtol=0)
     assert model.predictor.head.weight.grad.abs().max() > 1e-3

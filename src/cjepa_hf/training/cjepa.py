@@ -42,6 +42,7 @@ class CJepaTrainArguments(TrainArguments):
         "init_model",
         "history_crop_probability",
         "slot_noise",
+        "rollout_weight",
     )
 
     # > Parameters that control the data
@@ -59,6 +60,12 @@ class CJepaTrainArguments(TrainArguments):
         "the model also predicts from short histories.",
     )
     slot_noise: float = HfArg(default=0.0, help="Standard deviation of noise on the observed slots (slot units).")
+    rollout_weight: float = HfArg(
+        default=0.0,
+        help="Weight of the rollout loss: from the first frame of a window the model imagines the others, feeding its own "
+        "predictions back as a plan does, and the mean squared error of them all is added. The published objective has "
+        "none; a few steps of it at the end of a training make long rollouts better.",
+    )
     eval_rollout_steps: int = HfArg(default=5, help="Frames that the evaluation imagines.")
     proprio_learning_rate: float | None = HfArg(
         default=None,
@@ -81,6 +88,8 @@ class CJepaTrainArguments(TrainArguments):
             raise ValueError(f"history_crop_probability must be in [0, 1], got {self.history_crop_probability!r}")
         if not self.slot_noise >= 0:
             raise ValueError(f"slot_noise must be at least 0, got {self.slot_noise!r}")
+        if not self.rollout_weight >= 0:
+            raise ValueError(f"rollout_weight must be at least 0, got {self.rollout_weight!r}")
         if self.eval_rollout_steps < 1:
             raise ValueError(f"eval_rollout_steps must be at least 1, got {self.eval_rollout_steps!r}")
 
@@ -158,8 +167,22 @@ def world_model_loss(
             future_proprio=None if proprio is None else proprio[:, length:],
             slot_mask=mask,
         )
+        loss = output.loss
         terms = {name: getattr(output, name) for name in ("future_loss", "history_loss", "proprio_loss")}
-        return output.loss, {name: value.detach() for name, value in terms.items() if value is not None}
+        if args.rollout_weight and model.training:
+            terms["rollout_loss"] = rollout_loss(slots, actions, proprio)
+            loss = loss + args.rollout_weight * terms["rollout_loss"]
+        return loss, {name: value.detach() for name, value in terms.items() if value is not None}
+
+    def rollout_loss(slots: Tensor, actions: Tensor | None, proprio: Tensor | None) -> Tensor:
+        start, steps = slots[:, :1], slots.shape[1] - 1
+        imagined = model.rollout(
+            start + args.slot_noise * torch.randn_like(start),
+            actions=None if actions is None else actions[:, :steps],
+            proprio=None if proprio is None else proprio[:, :1],
+            num_steps=steps,
+        ).slots
+        return (imagined.float() - slots[:, 1:]).square().mean()
 
     return loss_fn
 
