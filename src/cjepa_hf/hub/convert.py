@@ -7,6 +7,7 @@ Number of slots, attention heads, what was masked in training and where the obse
 a checkpoint. A pickled module tells them itself; for everything else the configuration does.
 """
 
+import difflib
 import importlib
 import json
 import math
@@ -39,6 +40,7 @@ __all__ = [
     "config_file",
     "convert_original_checkpoint",
     "convert_original_slots",
+    "hub_configs",
     "is_original_slots",
 ]
 
@@ -186,16 +188,23 @@ def _config(config, kind: str) -> PreTrainedConfig:
     )
 
 
+def hub_configs() -> dict[str, Path]:
+    """Folders of `hub_configs` by name: one per repository to publish, in the wheel and in a checkout."""
+    roots = Path(__file__).parents[1], Path(__file__).parents[3]  # the installed package, the checkout above src/
+    root = next((root for root in roots if (root / "hub_configs").is_dir()), roots[0])
+    return {path.parent.name: path.parent for path in sorted(root.glob("hub_configs/*/source.json"))}
+
+
 def config_file(config: str | os.PathLike) -> Path:
     """The config.json meant by a file, a folder, or the name of an entry of `hub_configs`."""
-    path = Path(config)
-    places = [path, *(root / "hub_configs" / path for root in Path(__file__).parents[1:4])]
-    for place in places:
-        for candidate in (place, place / "config.json"):
-            if candidate.is_file():
-                return candidate
+    path, entries = Path(config), hub_configs()
+    for candidate in (path, path / "config.json", entries.get(str(config), path) / "config.json"):
+        if candidate.is_file():
+            return candidate
+    nearest = difflib.get_close_matches(str(config), entries, n=3)
+    hint = f" The nearest entries of hub_configs: {', '.join(nearest)}." if nearest else ""
     raise ConversionError(
-        f"there is no configuration {config}: pass a config.json, a folder with one, or its content."
+        f"there is no configuration {config}: pass a config.json, a folder with one, or its content.{hint}"
     )
 
 
