@@ -7,29 +7,30 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoImageProcessor
+from transformers import AutoImageProcessor, AutoModel
 
 import cjepa_hf
 from cjepa_hf.evaluation.metrics import success_rate
 from cjepa_hf.evaluation.protocols import load_protocol
 from cjepa_hf.evaluation.push_t import run_baseline, run_policy, select_tasks, simulator_policy
-from cjepa_hf.models.cjepa import CJepaModel
+from cjepa_hf.models.cjepa import SlotWorldModel
 from cjepa_hf.planning.costs import SlotGoalCost
 from cjepa_hf.planning.mpc import MPCPolicy, default_policy
 from cjepa_hf.planning.planners import CEMPlanner
 
 
-def make_policy(model: CJepaModel, text: str, *, image_processor=None, seed: int = 0) -> MPCPolicy:
+def make_policy(model: SlotWorldModel, text: str, *, image_processor=None, seed: int = 0) -> MPCPolicy:
     """
     The policy that a name describes: "default" ([`default_policy`]), "paper" (the paper's CEM, receding horizon, windows
-    of the full history, slots matched throughout), or "cem:SAMPLESxITERATIONS:ELITES" (the default with another CEM);
-    "/receding", "/shrinking" and "/window=W" after it override single settings.
+    of the full history, slots matched throughout, patches never), or "cem:SAMPLESxITERATIONS:ELITES" (the default with
+    another CEM); "/receding", "/shrinking" and "/window=W" after it override single settings.
     """
     name, *changes = text.split("/")
     options: dict[str, Any] = {}
     if name == "paper":
-        options = {"planner": CEMPlanner(), "cost": SlotGoalCost(), "schedule": "receding"}
-        options["match_slots"] = True
+        matched = getattr(model.config, "token_type", "slots") == "slots"
+        options = {"planner": CEMPlanner(), "cost": SlotGoalCost(match_slots=matched), "schedule": "receding"}
+        options["match_slots"] = matched
     elif name != "default":
         match = re.fullmatch(r"cem:(\d+)x(\d+):(\d+)", name)
         if match is None:
@@ -67,7 +68,7 @@ def evaluate_push_t(
     Runs every planner with every seed on the same tasks.
 
     Args:
-        model: folder or Hub id of a [`CJepaModel`] with slot encoder and statistics.
+        model: folder or Hub id of a [`CJepaModel`] or [`DinoWmModel`] with slot encoder and statistics.
         planners: names, see [`make_policy`].
         simulator_tasks: also plan this many tasks with the true simulator as the model.
         on_row: called with the results so far after every row, so that an interruption loses one row at most.
@@ -77,7 +78,9 @@ def evaluate_push_t(
         "protocol", "model", "hardware", "versions", ...}.
     """
     frozen = load_protocol(protocol)
-    net = CJepaModel.from_pretrained(model, use_safetensors=True).eval().to(device)
+    net = AutoModel.from_pretrained(model, use_safetensors=True).eval().to(device)
+    if not isinstance(net, SlotWorldModel):
+        raise ValueError(f"{model} holds a {type(net).__name__}: give a CJepaModel or DinoWmModel.")
     processor = AutoImageProcessor.from_pretrained(model)
     # whatever is wrong with the arguments is said before the work begins
     for count in (num_tasks, simulator_tasks):

@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import Pipeline
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 
-from cjepa_hf.models.cjepa import CJepaModel
+from cjepa_hf.models.cjepa import SlotWorldModel
 from cjepa_hf.planning import CEMPlanner, ICEMPlanner, MPPIPlanner, SlotGoalCost, default_planner, default_policy
 from cjepa_hf.planning.mpc import needs_matching
 
@@ -30,7 +30,8 @@ _FORWARD_PARAMETERS = (
 
 class GoalPlanningPipeline(Pipeline):
     """
-    Plans actions that lead from one scene to another with a [`CJepaModel`] (open loop; [`MPCPolicy`] closes it).
+    Plans actions that lead from one scene to another with a [`CJepaModel`] or [`DinoWmModel`] (open loop; [`MPCPolicy`]
+    closes it).
 
     ```python
     planner = pipeline("goal-planning", model=folder)
@@ -68,9 +69,9 @@ class GoalPlanningPipeline(Pipeline):
     _load_feature_extractor = False
     _load_processor = False
 
-    def __init__(self, model: CJepaModel, *args, **kwargs):
-        if not isinstance(model, CJepaModel):
-            raise ValueError(f"goal-planning needs a CJepaModel, got {type(model).__name__}")
+    def __init__(self, model: SlotWorldModel, *args, **kwargs):
+        if not isinstance(model, SlotWorldModel):
+            raise ValueError(f"goal-planning needs a CJepaModel or DinoWmModel, got {type(model).__name__}")
         super().__init__(model, *args, **kwargs)
         if self.image_processor is None and model.slot_encoder is not None:
             self.image_processor = _default_image_processor(model.slot_encoder.config)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from cjepa_hf.models.cjepa import CJepaModel, CJepaRolloutOutput
+from cjepa_hf.models.cjepa import CJepaRolloutOutput, SlotWorldModel
 from cjepa_hf.models.cjepa.modeling_cjepa import assign_slots, reorder_slots
 
 # objective(slots [B, S, K, N, D], proprio_embeddings [B, S, K, E] or None, goal_slots [B, N, D],
@@ -90,7 +90,7 @@ class RolloutCost:
     grow with the number of samples or tasks.
 
     Args:
-        model: a [`CJepaModel`] in eval mode.
+        model: a [`CJepaModel`] or [`DinoWmModel`] in eval mode.
         objective: for example [`SlotGoalCost`].
         slots: [B, T, N, D], the observed frames, 1 <= T <= history_length.
         goal_slots: [B, N, D].
@@ -107,7 +107,7 @@ class RolloutCost:
 
     def __init__(
         self,
-        model: CJepaModel,
+        model: SlotWorldModel,
         objective: Objective,
         slots: torch.Tensor,
         goal_slots: torch.Tensor,

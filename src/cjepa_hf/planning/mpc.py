@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from cjepa_hf.models.cjepa import CJepaModel
+from cjepa_hf.models.cjepa import SlotWorldModel
 
 from .costs import Objective, RolloutCost, SlotGoalCost
 from .planners import CEMPlanner, CostFn, default_planner
@@ -54,8 +54,8 @@ class MPCPolicy:
     ```
 
     Args:
-        model: a [`CJepaModel`] with action statistics (and proprioception statistics if it takes any). May be left out
-            when `make_cost`, `frame_skip`, `action_mean` and `action_std` are given.
+        model: a [`CJepaModel`] or [`DinoWmModel`] with action statistics (and proprioception statistics if it takes any).
+            May be left out when `make_cost`, `frame_skip`, `action_mean` and `action_std` are given.
         planner: see `cjepa_hf.planning.planners` (`default_planner()` without).
         cost: objective on imagined slots, [`SlotGoalCost`] without.
         make_cost: `make_cost(observation, goal) -> cost_fn(actions [b, S, H, A]) -> [b, S]` in place of the model's
@@ -81,7 +81,7 @@ class MPCPolicy:
 
     def __init__(
         self,
-        model: CJepaModel | None = None,
+        model: SlotWorldModel | None = None,
         planner: CEMPlanner | None = None,
         cost: Objective | None = None,
         *,
@@ -358,18 +358,18 @@ class MPCPolicy:
         return self.model.normalize_proprio(proprio).to(self.model.dtype)
 
 
-def needs_matching(model: CJepaModel) -> bool:
-    """Whether slots must be matched before they are compared: unless the slot encoder gives every object its own place."""
-    return not getattr(model.slot_encoder, "slots_keep_roles", False)
+def needs_matching(model: SlotWorldModel) -> bool:
+    """Whether slots must be matched before they are compared: not where every object, or patch, has its own place."""
+    return not model.slots_keep_roles
 
 
 def default_policy(
-    model: CJepaModel, *, image_processor: Callable | None = None, seed: int = 0, **options
+    model: SlotWorldModel, *, image_processor: Callable | None = None, seed: int = 0, **options
 ) -> MPCPolicy:
     """
     The policy of `cjepa-hf demo` and `cjepa-hf evaluate`: a short CEM, planned again after every block with a shrinking
-    horizon. Slots are compared by their place in the set where the model's slot encoder keeps
-    roles (`slots_keep_roles`), else by optimal assignment. `options` override arguments of [`MPCPolicy`].
+    horizon. Slots are compared by their place in the set where they keep their roles
+    (`model.slots_keep_roles`), else by optimal assignment. `options` override arguments of [`MPCPolicy`].
     """
     matched = needs_matching(model)
     defaults = {

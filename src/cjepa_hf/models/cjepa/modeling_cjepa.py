@@ -379,78 +379,29 @@ class CJepaPredictor(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------------- model
 
-
-class CJepaPreTrainedModel(PreTrainedModel):
-    config: CJepaConfig
-    base_model_prefix = "cjepa"
-    main_input_name = "slots"
-    _no_split_modules = ["CJepaLayer"]
-    _keep_in_fp32_modules_strict = ["action_mean", "action_std", "proprio_mean", "proprio_std"]
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _can_compile_fullgraph = True
-    supports_gradient_checkpointing = True
-    _can_record_outputs = {"hidden_states": CJepaLayer, "attentions": CJepaAttention}
-
-    @classmethod
-    def from_pretrained(cls, *args, use_safetensors: bool | None = True, **kwargs):
-        """As transformers', from safetensors alone: pickled weights are refused unless `use_safetensors=False`."""
-        return super().from_pretrained(*args, use_safetensors=use_safetensors, **kwargs)
-
-    @torch.no_grad()
-    def _init_weights(self, module):
-        super()._init_weights(module)
-        if isinstance(module, nn.Linear):
-            init.xavier_uniform_(module.weight)
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, CJepaPredictor):
-            init.trunc_normal_(module.mask_token, std=0.02)
-            init.normal_(module.time_embedding, std=1.0)
-            if hasattr(module, "age_embedding"):
-                init.zeros_(module.age_embedding)
-            if hasattr(module, "velocity_gain"):
-                ages = torch.arange(len(module.velocity_gain), dtype=torch.float32)
-                init.copy_(module.velocity_gain, ages.to(module.velocity_gain))
-            if self.config.residual_prediction is not None:
-                # Starts as "nothing changes" (or constant velocity): the first step of training already predicts well.
-                init.zeros_(module.head.weight)
-                module.head.weight._is_hf_initialized = True
-        elif isinstance(module, CJepaModel):
-            for name in _STATISTICS:
-                buffer = getattr(module, name, None)
-                if buffer is not None:
-                    init.constant_(buffer, float("nan"))
-
-
 _STATISTICS = ("action_mean", "action_std", "proprio_mean", "proprio_std")
 
 
-class CJepaModel(CJepaPreTrainedModel):
+class SlotWorldModel(PreTrainedModel):
     """
-    C-JEPA world model: predicts hidden and future object slots from visible ones, actions and proprioception.
+    What world models of slots share, whatever their predictor: checked inputs, `predict` and `rollout`, the slot encoder
+    they carry, and the statistics that lead to and from environment units. [`CJepaModel`] and `DinoWmModel` are two.
 
-    `forward`, `predict`, `rollout` and planners work in normalised units. The buffers `action_mean`, `action_std`
-    [action_size] and `proprio_mean`, `proprio_std` [proprio_size] hold the training statistics (NaN: unknown).
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> from cjepa_hf import CJepaConfig, CJepaModel
-
-    >>> model = CJepaModel(CJepaConfig(action_size=10, proprio_size=4)).eval()
-    >>> slots, actions, proprio = torch.randn(2, 1, 4, 128), torch.randn(2, 300, 5, 10), torch.randn(2, 1, 4)
-    >>> model.rollout(slots, actions=actions, proprio=proprio).slots.shape
-    torch.Size([2, 300, 5, 4, 128])
-    ```
+    A subclass names its `predictor_class`, a module `predictor(tokens [B, T, M, hidden_size], None, future_only=True) ->
+    [B, P, M, hidden_size]`, and defines `forward`.
     """
 
-    def __init__(self, config: CJepaConfig):
+    predictor_class: type[nn.Module]
+    main_input_name = "slots"
+    _keep_in_fp32_modules_strict = ["action_mean", "action_std", "proprio_mean", "proprio_std"]
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    supports_gradient_checkpointing = True
+
+    def __init__(self, config):
         super().__init__(config)
-        self.predictor = CJepaPredictor(config)
+        self.predictor = self.predictor_class(config)
         if config.action_size:
             self.action_embedding = nn.Linear(config.action_size, config.action_embedding_size)
             self.register_buffer("action_mean", torch.full((config.action_size,), float("nan")))
@@ -464,6 +415,24 @@ class CJepaModel(CJepaPreTrainedModel):
             self.slot_encoder = AutoModel.from_config(config.slot_encoder_config)
         self.post_init()
 
+    @classmethod
+    def from_pretrained(cls, *args, use_safetensors: bool | None = True, **kwargs):
+        """As transformers', from safetensors alone: pickled weights are refused unless `use_safetensors=False`."""
+        return super().from_pretrained(*args, use_safetensors=use_safetensors, **kwargs)
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, nn.Linear):
+            init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, SlotWorldModel):
+            for name in _STATISTICS:
+                buffer = getattr(module, name, None)
+                if buffer is not None:
+                    init.constant_(buffer, float("nan"))
+
     def _apply(self, fn, recurse=True):
         # Statistics stay in float32 whatever the model is cast to: rounded, they would shift every executed action.
         exact = {name: buffer for name, buffer in self._buffers.items() if name in _STATISTICS}
@@ -472,6 +441,11 @@ class CJepaModel(CJepaPreTrainedModel):
             if self._buffers[name].dtype != buffer.dtype:
                 self._buffers[name] = buffer.to(self._buffers[name].device)
         return self
+
+    @property
+    def slots_keep_roles(self) -> bool:
+        """Whether slot i is the same object in every scene, so that slots may be compared by their place in the set."""
+        return bool(getattr(self.slot_encoder, "slots_keep_roles", False))
 
     # ------------------------------------------------------------------------------------------------- inputs
 
@@ -567,6 +541,190 @@ class CJepaModel(CJepaPreTrainedModel):
             return slots, tokens[..., num_slots, :]
         end = config.slot_size + config.proprio_embedding_size
         return slots, tokens[..., 0, config.slot_size : end]
+
+    # ---------------------------------------------------------------------------------------------- inference
+
+    def predict(
+        self, slots: torch.Tensor, *, actions: torch.Tensor | None = None, proprio: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The next `prediction_length` frames of slots [B, P, N, D] after slots [B, T, N, D]; nothing is hidden."""
+        slots = self._check_slots(slots, self.config.history_length)
+        if actions is not None:
+            actions = self._checked("actions", actions, self.config.action_size, "(B, T, A)", 3)
+        if proprio is not None:
+            proprio = self._checked("proprio", proprio, self.config.proprio_size, "(B, T, P)", 3)
+        self._check_auxiliaries(actions, proprio, slots.shape[0], slots.shape[1])
+        return self._split(self.predictor(self._tokens(slots, actions, proprio), None, future_only=True))[0]
+
+    def rollout(
+        self,
+        slots: torch.Tensor,
+        *,
+        actions: torch.Tensor | None = None,
+        proprio: torch.Tensor | None = None,
+        num_steps: int | None = None,
+        match_slots: bool = False,
+        window_length: int | None = None,
+    ) -> CJepaRolloutOutput:
+        """
+        Imagines `num_steps` = K frames, feeding predictions back (windows of at most `window_length` frames).
+
+        Args:
+            slots (`torch.Tensor` of shape `(B, T, N, D)`): Observed frames.
+            actions (`torch.Tensor` of shape `(B, T + K - 1, A)` or `(B, S, T + K - 1, A)`, *optional*): Action k
+                belongs to frame k, observed or imagined. With candidates the results have an S axis after B.
+            proprio (`torch.Tensor` of shape `(B, T, P)`, *optional*): Of the observed frames; later ones are imagined.
+            num_steps (`int`, *optional*): K; follows from `actions` when they are given.
+            match_slots (`bool`): Keep the order of slots by optimal assignment to the frame before (the released
+                planner does; needless for encoders whose slots keep their roles).
+            window_length (`int`, *optional*): Frames the predictor sees at most; history_length by default.
+        """
+        config = self.config
+        slots = self._check_slots(slots, None)
+        batch, steps, num_slots, _ = slots.shape
+        window = config.history_length if window_length is None else window_length
+        if not 1 <= window <= config.history_length:
+            raise ValueError(f"window_length={window} must lie in 1..history_length={config.history_length}.")
+        num_samples = None
+        if actions is not None:
+            actions = self._checked("actions", actions, config.action_size, "(B, T + K - 1, A)", (3, 4))
+            num_samples = actions.shape[1] if actions.ndim == 4 else None
+            available = actions.shape[-2] - steps + 1
+            if num_steps is None:
+                num_steps = available
+            if num_steps != available:
+                raise ValueError(
+                    f"actions has {actions.shape[-2]} steps: {steps} observed frames and num_steps={num_steps} need "
+                    f"{steps + num_steps - 1}."
+                )
+        if proprio is not None:
+            proprio = self._checked("proprio", proprio, config.proprio_size, "(B, T, P)", 3)
+            if proprio.shape[1] != steps:
+                raise ValueError(f"proprio has {proprio.shape[1]} frames: expected {steps}, one per frame of slots.")
+        self._check_auxiliaries(actions, proprio, batch, None)
+        if num_steps is None or num_steps < 1:
+            raise ValueError(f"num_steps={num_steps}: a rollout needs at least one step.")
+
+        embedded = self.embed_actions(actions) if actions is not None else None
+        observed = actions[..., :steps, :] if actions is not None and num_samples is None else None
+        if num_samples is not None:
+            # The scene is embedded once; every candidate then gets its own action on the observed frames.
+            observed = actions.new_zeros(batch, steps, config.action_size)
+        history = self._tokens(slots, observed, proprio)[:, -window:]
+        if num_samples is not None:
+            history = history.repeat_interleave(num_samples, dim=0)
+            embedded = embedded.flatten(0, 1)
+            history = self._with_actions(history, embedded[:, max(steps - window, 0) : steps])
+
+        frames, done = [], 0
+        while done < num_steps:
+            predicted = self.predictor(history, None, future_only=True)[:, : num_steps - done]
+            if match_slots:
+                slot_part = (..., slice(num_slots), slice(config.slot_size))
+                order = assign_slots(predicted[:, 0][slot_part], history[:, -1][slot_part])
+                order = order.unsqueeze(1).expand(-1, predicted.shape[1], -1)
+                reordered = reorder_slots(predicted[:, :, :num_slots], order)
+                predicted = torch.cat([reordered, predicted[:, :, num_slots:]], dim=2)
+            frames.append(predicted)
+            done += predicted.shape[1]
+            if done < num_steps:
+                if embedded is not None:
+                    start = steps + done - predicted.shape[1]
+                    predicted = self._with_actions(predicted, embedded[:, start : start + predicted.shape[1]])
+                history = torch.cat([history, predicted], dim=1)[:, -window:]
+        imagined, proprio_embeddings = self._split(torch.cat(frames, dim=1))
+        if num_samples is not None:
+            imagined = imagined.unflatten(0, (batch, num_samples))
+            if proprio_embeddings is not None:
+                proprio_embeddings = proprio_embeddings.unflatten(0, (batch, num_samples))
+        return CJepaRolloutOutput(slots=imagined, proprio_embeddings=proprio_embeddings)
+
+    # --------------------------------------------------------------------------------------------- statistics
+
+    def set_statistics(self, **statistics) -> None:
+        """Sets `action_mean`, `action_std` [action_size], `proprio_mean`, `proprio_std` [proprio_size] (raw units)."""
+        for name, value in statistics.items():
+            buffer = getattr(self, name, None) if name in _STATISTICS else None
+            if buffer is None:
+                raise ValueError(f"{name!r} is no statistic of this model: expected some of {_STATISTICS}.")
+            value = torch.as_tensor(value, dtype=torch.float32)
+            if value.shape != buffer.shape or not torch.isfinite(value).all():
+                raise ValueError(f"{name}={value.tolist()}: expected {buffer.numel()} finite numbers.")
+            if name.endswith("_std") and (value <= 0).any():
+                raise ValueError(f"{name}={value.tolist()}: standard deviations must be positive.")
+            buffer.copy_(value)
+
+    def _statistics(self, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+        mean = getattr(self, f"{kind}_mean", None)
+        if mean is None:
+            raise ValueError(f"This model was built without {kind}.")
+        std = getattr(self, f"{kind}_std")
+        if not (torch.isfinite(mean).all() and torch.isfinite(std).all()):
+            raise ValueError(
+                f"This checkpoint has no {kind} statistics, so environment units cannot be converted: call "
+                f"model.set_statistics({kind}_mean=..., {kind}_std=...) with those of its training data."
+            )
+        return mean.float(), std.float()
+
+    def normalize_actions(self, actions: torch.Tensor) -> torch.Tensor:
+        """Action blocks [..., A] from environment units to the units the model works in."""
+        mean, std = self._statistics("action")
+        return (actions - mean) / std
+
+    def denormalize_actions(self, actions: torch.Tensor) -> torch.Tensor:
+        """Action blocks [..., A] back to environment units."""
+        mean, std = self._statistics("action")
+        return actions * std + mean
+
+    def normalize_proprio(self, proprio: torch.Tensor) -> torch.Tensor:
+        """Proprioception [..., P] from environment units to the units the model works in."""
+        mean, std = self._statistics("proprio")
+        return (proprio - mean) / std
+
+
+class CJepaModel(SlotWorldModel):
+    """
+    C-JEPA world model: predicts hidden and future object slots from visible ones, actions and proprioception.
+
+    `forward`, `predict`, `rollout` and planners work in normalised units. The buffers `action_mean`, `action_std`
+    [action_size] and `proprio_mean`, `proprio_std` [proprio_size] hold the training statistics (NaN: unknown).
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from cjepa_hf import CJepaConfig, CJepaModel
+
+    >>> model = CJepaModel(CJepaConfig(action_size=10, proprio_size=4)).eval()
+    >>> slots, actions, proprio = torch.randn(2, 1, 4, 128), torch.randn(2, 300, 5, 10), torch.randn(2, 1, 4)
+    >>> model.rollout(slots, actions=actions, proprio=proprio).slots.shape
+    torch.Size([2, 300, 5, 4, 128])
+    ```
+    """
+
+    config: CJepaConfig
+    predictor_class = CJepaPredictor
+    base_model_prefix = "cjepa"
+    _no_split_modules = ["CJepaLayer"]
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _can_record_outputs = {"hidden_states": CJepaLayer, "attentions": CJepaAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, CJepaPredictor):
+            init.trunc_normal_(module.mask_token, std=0.02)
+            init.normal_(module.time_embedding, std=1.0)
+            if hasattr(module, "age_embedding"):
+                init.zeros_(module.age_embedding)
+            if hasattr(module, "velocity_gain"):
+                ages = torch.arange(len(module.velocity_gain), dtype=torch.float32)
+                init.copy_(module.velocity_gain, ages.to(module.velocity_gain))
+            if self.config.residual_prediction is not None:
+                # Starts as "nothing changes" (or constant velocity): the first step of training already predicts well.
+                init.zeros_(module.head.weight)
+                module.head.weight._is_hf_initialized = True
 
     # -------------------------------------------------------------------------------------------------- masks
 
@@ -753,149 +911,10 @@ class CJepaModel(CJepaPreTrainedModel):
         error = (self._token_loss(prediction, slots) * counted).sum(dim=(1, 2))
         return (error / counted.sum(dim=(1, 2)).clamp(min=1)).mean()
 
-    # ---------------------------------------------------------------------------------------------- inference
-
-    def predict(
-        self, slots: torch.Tensor, *, actions: torch.Tensor | None = None, proprio: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """The next `prediction_length` frames of slots [B, P, N, D] after slots [B, T, N, D]; nothing is hidden."""
-        slots = self._check_slots(slots, self.config.history_length)
-        if actions is not None:
-            actions = self._checked("actions", actions, self.config.action_size, "(B, T, A)", 3)
-        if proprio is not None:
-            proprio = self._checked("proprio", proprio, self.config.proprio_size, "(B, T, P)", 3)
-        self._check_auxiliaries(actions, proprio, slots.shape[0], slots.shape[1])
-        return self._split(self.predictor(self._tokens(slots, actions, proprio), None, future_only=True))[0]
-
-    def rollout(
-        self,
-        slots: torch.Tensor,
-        *,
-        actions: torch.Tensor | None = None,
-        proprio: torch.Tensor | None = None,
-        num_steps: int | None = None,
-        match_slots: bool = False,
-        window_length: int | None = None,
-    ) -> CJepaRolloutOutput:
-        """
-        Imagines `num_steps` = K frames, feeding predictions back (windows of at most `window_length` frames).
-
-        Args:
-            slots (`torch.Tensor` of shape `(B, T, N, D)`): Observed frames.
-            actions (`torch.Tensor` of shape `(B, T + K - 1, A)` or `(B, S, T + K - 1, A)`, *optional*): Action k
-                belongs to frame k, observed or imagined. With candidates the results have an S axis after B.
-            proprio (`torch.Tensor` of shape `(B, T, P)`, *optional*): Of the observed frames; later ones are imagined.
-            num_steps (`int`, *optional*): K; follows from `actions` when they are given.
-            match_slots (`bool`): Keep the order of slots by optimal assignment to the frame before (the released
-                planner does; needless for encoders whose slots keep their roles).
-            window_length (`int`, *optional*): Frames the predictor sees at most; history_length by default.
-        """
-        config = self.config
-        slots = self._check_slots(slots, None)
-        batch, steps, num_slots, _ = slots.shape
-        window = config.history_length if window_length is None else window_length
-        if not 1 <= window <= config.history_length:
-            raise ValueError(f"window_length={window} must lie in 1..history_length={config.history_length}.")
-        num_samples = None
-        if actions is not None:
-            actions = self._checked("actions", actions, config.action_size, "(B, T + K - 1, A)", (3, 4))
-            num_samples = actions.shape[1] if actions.ndim == 4 else None
-            available = actions.shape[-2] - steps + 1
-            if num_steps is None:
-                num_steps = available
-            if num_steps != available:
-                raise ValueError(
-                    f"actions has {actions.shape[-2]} steps: {steps} observed frames and num_steps={num_steps} need "
-                    f"{steps + num_steps - 1}."
-                )
-        if proprio is not None:
-            proprio = self._checked("proprio", proprio, config.proprio_size, "(B, T, P)", 3)
-            if proprio.shape[1] != steps:
-                raise ValueError(f"proprio has {proprio.shape[1]} frames: expected {steps}, one per frame of slots.")
-        self._check_auxiliaries(actions, proprio, batch, None)
-        if num_steps is None or num_steps < 1:
-            raise ValueError(f"num_steps={num_steps}: a rollout needs at least one step.")
-
-        embedded = self.embed_actions(actions) if actions is not None else None
-        observed = actions[..., :steps, :] if actions is not None and num_samples is None else None
-        if num_samples is not None:
-            # The scene is embedded once; every candidate then gets its own action on the observed frames.
-            observed = actions.new_zeros(batch, steps, config.action_size)
-        history = self._tokens(slots, observed, proprio)[:, -window:]
-        if num_samples is not None:
-            history = history.repeat_interleave(num_samples, dim=0)
-            embedded = embedded.flatten(0, 1)
-            history = self._with_actions(history, embedded[:, max(steps - window, 0) : steps])
-
-        frames, done = [], 0
-        while done < num_steps:
-            predicted = self.predictor(history, None, future_only=True)[:, : num_steps - done]
-            if match_slots:
-                slot_part = (..., slice(num_slots), slice(config.slot_size))
-                order = assign_slots(predicted[:, 0][slot_part], history[:, -1][slot_part])
-                order = order.unsqueeze(1).expand(-1, predicted.shape[1], -1)
-                reordered = reorder_slots(predicted[:, :, :num_slots], order)
-                predicted = torch.cat([reordered, predicted[:, :, num_slots:]], dim=2)
-            frames.append(predicted)
-            done += predicted.shape[1]
-            if done < num_steps:
-                if embedded is not None:
-                    start = steps + done - predicted.shape[1]
-                    predicted = self._with_actions(predicted, embedded[:, start : start + predicted.shape[1]])
-                history = torch.cat([history, predicted], dim=1)[:, -window:]
-        imagined, proprio_embeddings = self._split(torch.cat(frames, dim=1))
-        if num_samples is not None:
-            imagined = imagined.unflatten(0, (batch, num_samples))
-            if proprio_embeddings is not None:
-                proprio_embeddings = proprio_embeddings.unflatten(0, (batch, num_samples))
-        return CJepaRolloutOutput(slots=imagined, proprio_embeddings=proprio_embeddings)
-
-    # --------------------------------------------------------------------------------------------- statistics
-
-    def set_statistics(self, **statistics) -> None:
-        """Sets `action_mean`, `action_std` [action_size], `proprio_mean`, `proprio_std` [proprio_size] (raw units)."""
-        for name, value in statistics.items():
-            buffer = getattr(self, name, None) if name in _STATISTICS else None
-            if buffer is None:
-                raise ValueError(f"{name!r} is no statistic of this model: expected some of {_STATISTICS}.")
-            value = torch.as_tensor(value, dtype=torch.float32)
-            if value.shape != buffer.shape or not torch.isfinite(value).all():
-                raise ValueError(f"{name}={value.tolist()}: expected {buffer.numel()} finite numbers.")
-            if name.endswith("_std") and (value <= 0).any():
-                raise ValueError(f"{name}={value.tolist()}: standard deviations must be positive.")
-            buffer.copy_(value)
-
-    def _statistics(self, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
-        mean = getattr(self, f"{kind}_mean", None)
-        if mean is None:
-            raise ValueError(f"This model was built without {kind}.")
-        std = getattr(self, f"{kind}_std")
-        if not (torch.isfinite(mean).all() and torch.isfinite(std).all()):
-            raise ValueError(
-                f"This checkpoint has no {kind} statistics, so environment units cannot be converted: call "
-                f"model.set_statistics({kind}_mean=..., {kind}_std=...) with those of its training data."
-            )
-        return mean.float(), std.float()
-
-    def normalize_actions(self, actions: torch.Tensor) -> torch.Tensor:
-        """Action blocks [..., A] from environment units to the units the model works in."""
-        mean, std = self._statistics("action")
-        return (actions - mean) / std
-
-    def denormalize_actions(self, actions: torch.Tensor) -> torch.Tensor:
-        """Action blocks [..., A] back to environment units."""
-        mean, std = self._statistics("action")
-        return actions * std + mean
-
-    def normalize_proprio(self, proprio: torch.Tensor) -> torch.Tensor:
-        """Proprioception [..., P] from environment units to the units the model works in."""
-        mean, std = self._statistics("proprio")
-        return (proprio - mean) / std
-
 
 def _ranks(values: torch.Tensor) -> torch.Tensor:
     """Rank of every value within its row [B, K]."""
     return values.argsort(dim=-1).argsort(dim=-1)
 
 
-__all__ = ["CJepaConfig", "CJepaModel", "CJepaOutput", "CJepaPreTrainedModel", "CJepaRolloutOutput", "assign_slots"]
+__all__ = ["CJepaConfig", "CJepaModel", "CJepaOutput", "CJepaRolloutOutput", "SlotWorldModel", "assign_slots"]
