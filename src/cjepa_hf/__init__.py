@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcesso
 from .models.aloe import AloeConfig, AloeForVideoQuestionAnswering, AloeProcessor
 from .models.cjepa import CJepaConfig, CJepaModel, CJepaOutput, CJepaRolloutOutput
 from .models.color_isa import ColorIsaConfig, ColorIsaImageProcessor, ColorIsaModel
+from .models.dino_wm import DinoWmConfig, DinoWmModel, PatchEncoderConfig, PatchEncoderModel
 from .models.savi import SaviConfig, SaviImageProcessor, SaviModel
 from .models.videosaur import VideoSaurConfig, VideoSaurImageProcessor, VideoSaurModel
 from .pipelines import register_pipelines
@@ -23,6 +24,11 @@ AutoModel.register(CJepaConfig, CJepaModel)
 AutoConfig.register("color-isa", ColorIsaConfig)
 AutoModel.register(ColorIsaConfig, ColorIsaModel)
 AutoImageProcessor.register(ColorIsaConfig, ColorIsaImageProcessor)
+AutoConfig.register("dino-wm", DinoWmConfig)
+AutoModel.register(DinoWmConfig, DinoWmModel)
+AutoConfig.register("patch-encoder", PatchEncoderConfig)
+AutoModel.register(PatchEncoderConfig, PatchEncoderModel)
+AutoImageProcessor.register(PatchEncoderConfig, ColorIsaImageProcessor)
 AutoConfig.register("savi", SaviConfig)
 AutoModel.register(SaviConfig, SaviModel)
 AutoImageProcessor.register(SaviConfig, SaviImageProcessor)
@@ -61,6 +67,10 @@ __all__ = [
     "ColorIsaConfig",
     "ColorIsaImageProcessor",
     "ColorIsaModel",
+    "DinoWmConfig",
+    "DinoWmModel",
+    "PatchEncoderConfig",
+    "PatchEncoderModel",
     "SaviConfig",
     "SaviImageProcessor",
     "SaviModel",

@@ -120,6 +120,11 @@ class ColorIsaConfig(PreTrainedConfig):
         """Height and width of the attention masks."""
         return self.image_size // self.stem_stride
 
+    @property
+    def grid_feature_size(self) -> int:
+        """Channels of [`ColorIsaModel.grid_features`]."""
+        return self.stem_channels + self.num_slots
+
     def _check_fields(self):
         # not a validator of @strict, whose errors are no ValueError
         for name in ("stem_channels", "stem_stride", "hidden_size", "mlp_size", "num_iterations", "decoder_grid_size"):

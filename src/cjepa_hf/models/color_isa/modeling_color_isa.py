@@ -435,6 +435,16 @@ class ColorIsaModel(ColorIsaPreTrainedModel):
             output = self._add_losses(output, frames, targets, position, content, masks)
         return output
 
+    def grid_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """What is known of every place before slots sum it up: frames [B, 3, H, W] in [0, 1] -> [B, stem_channels +
+        num_slots, H', W'], the features of the convolution and the attention masks of the last round.
+        """
+        self._check_pixels(pixel_values)
+        size = self.config.mask_size
+        features = F.relu(self.encoder.stem(1 - pixel_values.to(self.dtype)))
+        masks = self._encode(pixel_values)[2].to(features.dtype)
+        return torch.cat([features, masks.unflatten(2, (size, size))], dim=1)
+
     def decode(self, slots: torch.Tensor, *, slot_indices=None, chunk_size: int = 64) -> ColorIsaDecoderOutput:
         """
         Draw slots, observed or imagined.
