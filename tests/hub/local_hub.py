@@ -6,6 +6,10 @@
 
 Clients: HF_ENDPOINT=http://127.0.0.1:PORT HF_HUB_DISABLE_XET=1 HF_TOKEN=hf_local
 Repositories live under DIR/<type>s/<owner>/<name>/<commit sha>/..., with DIR/.../refs.json.
+
+Tokens: hf_local may do everything, hf_reader only read, any other is refused; private repositories need one.
+Faults: DIR/faults.json `{"download": {"match": part of the path, "bytes": N, "times": K}, "commit": K}` breaks a download
+off after N bytes, and answers the next K commits with 500.
 """
 
 import argparse
@@ -35,15 +39,29 @@ class Store:
         file = self.repo(kind, repo_id) / "refs.json"
         return json.loads(file.read_text()) if file.exists() else None
 
-    def create(self, kind, repo_id):
+    def create(self, kind, repo_id, private):
         with LOCK:
             if self.refs(kind, repo_id) is not None:
                 return False
-            self._write(kind, repo_id, {"main": self._snapshot(kind, repo_id, None, {}, [])}, [])
+            main = self._snapshot(kind, repo_id, None, {}, [])
+            self.write(kind, repo_id, {"branches": {"main": main}, "tags": {}, "log": [], "private": bool(private)})
             return True
 
-    def _write(self, kind, repo_id, branches, log):
-        (self.repo(kind, repo_id) / "refs.json").write_text(json.dumps({"branches": branches, "log": log}))
+    def write(self, kind, repo_id, state):
+        (self.repo(kind, repo_id) / "refs.json").write_text(json.dumps(state))
+
+    def fault(self, name, path=""):
+        """The planned fault, if it is to happen now; counts it."""
+        with LOCK:
+            file = self.root / "faults.json"
+            plan = json.loads(file.read_text()) if file.exists() else {}
+            fault = plan.get(name)
+            if fault is None or (name == "download" and fault["match"] not in path):
+                return None
+            times = (fault["times"] if name == "download" else fault) - 1
+            plan[name] = None if times <= 0 else (fault | {"times": times} if name == "download" else times)
+            file.write_text(json.dumps(plan))
+            return fault
 
     def _snapshot(self, kind, repo_id, parent, adds, deletes):
         base = self.repo(kind, repo_id)
@@ -61,21 +79,27 @@ class Store:
             (target / path).write_bytes(content)
         return sha
 
-    def commit(self, kind, repo_id, branch, adds, deletes, title):
+    def commit(self, kind, repo_id, branch, adds, deletes, title, create_pr=False):
+        """Sha, and the number of the pull request if there is one."""
         with LOCK:
             state = self.refs(kind, repo_id)
-            parent = state["branches"].get(branch) or state["branches"]["main"]
+            parent, number = state["branches"][branch], None
+            if create_pr:
+                number = 1 + sum(name.startswith("refs/pr/") for name in state["branches"])
+                branch = f"refs/pr/{number}"
             sha = self._snapshot(kind, repo_id, parent, adds, deletes)
             state["branches"][branch] = sha
-            self._write(kind, repo_id, state["branches"], [*state["log"], {"id": sha, "title": title}])
-            return sha
+            state["log"].append({"id": sha, "title": title})
+            self.write(kind, repo_id, state)
+            return sha, number
 
     def resolve(self, kind, repo_id, revision):
         state = self.refs(kind, repo_id)
         if state is None:
             return None
         revision = revision or "main"
-        sha = state["branches"].get(revision.removeprefix("refs/heads/"), revision)
+        refs = state["tags"] | state["branches"]
+        sha = refs.get(revision.removeprefix("refs/heads/"), revision)
         return sha if (self.repo(kind, repo_id) / sha).is_dir() else None
 
     def files(self, kind, repo_id, sha):
@@ -119,6 +143,31 @@ class Handler(BaseHTTPRequestHandler):
     def missing(self, what):
         self.reply(404, {"error": what}, {"X-Error-Code": what, "X-Error-Message": what})
 
+    def token(self):
+        return (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+
+    def refused(self, write=False):
+        """Whether the token does not do, after an answer that says so as the Hub does."""
+        text = "Invalid username or password."
+        if self.token() not in ("", "hf_local", "hf_reader") or (write and not self.token()):
+            self.reply(401, {"error": text}, {"X-Error-Message": text})
+            return True
+        if write and self.token() == "hf_reader":
+            text = "Forbidden: this token may only read."
+            self.reply(403, {"error": text}, {"X-Error-Message": text})
+            return True
+        return False
+
+    def hidden(self, kind, repo_id):
+        """Whether there is no such repository for this user, after an answer that says so."""
+        state = self.store.refs(kind, repo_id)
+        if state is not None and not (state["private"] and not self.token()):
+            return False
+        self.reply(
+            401 if not self.token() else 404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"}
+        )
+        return True
+
     def body(self):
         if self.headers.get("Transfer-Encoding") == "chunked":
             out = b""
@@ -148,6 +197,8 @@ class Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         path = unquote(url.path)
         query = parse_qs(url.query)
+        if self.refused():
+            return None
         if path == "/api/whoami-v2":
             return self.reply(
                 200,
@@ -162,17 +213,26 @@ class Handler(BaseHTTPRequestHandler):
         if m := re.fullmatch(r"/api/(model|dataset|space)s/([^/]+/[^/]+)(?:/revision/(.+))?", path):
             return self.info(m[1], m[2], m[3])
         if m := re.fullmatch(r"/api/(model|dataset|space)s/([^/]+/[^/]+)/refs", path):
+            if self.hidden(m[1], m[2]):
+                return None
             state = self.store.refs(m[1], m[2])
-            if state is None:
-                return self.missing("RepoNotFound")
             return self.reply(
                 200,
                 {
                     "branches": [
-                        {"name": n, "ref": f"refs/heads/{n}", "targetCommit": s} for n, s in state["branches"].items()
+                        {"name": n, "ref": f"refs/heads/{n}", "targetCommit": s}
+                        for n, s in state["branches"].items()
+                        if not n.startswith("refs/pr/")
                     ],
                     "converts": [],
-                    "tags": [],
+                    "tags": [
+                        {"name": n, "ref": f"refs/tags/{n}", "targetCommit": s} for n, s in state["tags"].items()
+                    ],
+                    "pullRequests": [
+                        {"name": n, "ref": n, "targetCommit": s}
+                        for n, s in state["branches"].items()
+                        if n.startswith("refs/pr/")
+                    ],
                 },
             )
         if m := re.fullmatch(r"/api/(model|dataset|space)s/([^/]+/[^/]+)/commits/(.+)", path):
@@ -185,7 +245,7 @@ class Handler(BaseHTTPRequestHandler):
                     for c in reversed(state["log"])
                 ],
             )
-        if m := re.fullmatch(r"/api/(model|dataset|space)s/([^/]+/[^/]+)/tree/([^/]+)(?:/(.*))?", path):
+        if m := re.fullmatch(r"/api/(model|dataset|space)s/([^/]+/[^/]+)/tree/(refs/pr/\d+|[^/]+)(?:/(.*))?", path):
             return self.tree(
                 m[1],
                 m[2],
@@ -193,14 +253,14 @@ class Handler(BaseHTTPRequestHandler):
                 (m[4] or "").strip("/"),
                 query.get("recursive", ["false"])[0].lower() in ("true", "1"),
             )
-        if m := re.fullmatch(r"/(?:(dataset|space)s/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+        if m := re.fullmatch(r"/(?:(dataset|space)s/)?([^/]+/[^/]+)/resolve/(refs/pr/\d+|[^/]+)/(.+)", path):
             return self.resolve(m[1] or "model", m[2], m[3], m[4])
         return self.missing("EntryNotFound")
 
     def info(self, kind, repo_id, revision):
+        if self.hidden(kind, repo_id):
+            return None
         sha = self.store.resolve(kind, repo_id, revision)
-        if self.store.refs(kind, repo_id) is None:
-            return self.missing("RepoNotFound")
         if sha is None:
             return self.missing("RevisionNotFound")
         files = self.store.files(kind, repo_id, sha)
@@ -214,7 +274,7 @@ class Handler(BaseHTTPRequestHandler):
                 "sha": sha,
                 "lastModified": now,
                 "createdAt": now,
-                "private": False,
+                "private": self.store.refs(kind, repo_id)["private"],
                 "disabled": False,
                 "gated": False,
                 "downloads": 0,
@@ -226,6 +286,8 @@ class Handler(BaseHTTPRequestHandler):
         )
 
     def tree(self, kind, repo_id, revision, folder, recursive):
+        if self.hidden(kind, repo_id):
+            return None
         sha = self.store.resolve(kind, repo_id, revision)
         if sha is None:
             return self.missing("RevisionNotFound")
@@ -252,9 +314,9 @@ class Handler(BaseHTTPRequestHandler):
         )
 
     def resolve(self, kind, repo_id, revision, name):
+        if self.hidden(kind, repo_id):
+            return None
         sha = self.store.resolve(kind, repo_id, revision)
-        if self.store.refs(kind, repo_id) is None:
-            return self.missing("RepoNotFound")
         if sha is None:
             return self.missing("RevisionNotFound")
         file = self.store.repo(kind, repo_id) / sha / name
@@ -269,19 +331,33 @@ class Handler(BaseHTTPRequestHandler):
         if (span := self.headers.get("Range")) and (m := re.fullmatch(r"bytes=(\d+)-(\d*)", span)):
             start, stop = int(m[1]), int(m[2]) + 1 if m[2] else len(data)
             headers["Content-Range"] = f"bytes {start}-{min(stop, len(data)) - 1}/{len(data)}"
-            return self.reply(206, data[start:stop], headers, "application/octet-stream")
-        self.reply(200, data, headers, "application/octet-stream")
+            code, data = 206, data[start:stop]
+        else:
+            code = 200
+        if self.command == "GET" and (fault := self.store.fault("download", self.path)):
+            self.close_connection = True
+            self.send_response(code)
+            for key, value in (headers | {"Content-Length": str(len(data))}).items():
+                self.send_header(key, value)
+            self.end_headers()
+            self.wfile.write(data[: fault["bytes"]])
+            return None
+        self.reply(code, data, headers, "application/octet-stream")
 
     def do_POST(self):
         path = unquote(urlsplit(self.path).path)
         raw = self.body()
+        if self.refused(write="paths-info" not in path):
+            return None
         if path == "/api/repos/create":
             ask = json.loads(raw)
             kind = ask.get("type") or "model"
             name = ask["name"] if "/" in ask["name"] else f"{ask.get('organization') or 'tester'}/{ask['name']}"
-            new = self.store.create(kind, name)
+            new = self.store.create(kind, name, ask.get("private"))
             url = f"{self.base()}/{'' if kind == 'model' else kind + 's/'}{name}"
             return self.reply(200 if new else 409, {"url": url, "id": name, "name": name})
+        if m := re.fullmatch(r"/api/(model|dataset|space)s/([^/]+/[^/]+)/(branch|tag)/(.+)", path):
+            return self.make_ref(m[1], m[2], m[3], m[4], json.loads(raw or b"{}"))
         if path == "/api/validate-yaml":
             return self.reply(200, {"errors": [], "warnings": []})
         if m := re.fullmatch(r"/api/(model|dataset|space)s/([^/]+/[^/]+)/preupload/(.+)", path):
@@ -327,6 +403,24 @@ class Handler(BaseHTTPRequestHandler):
             return self.commit(m[1], m[2], m[3], raw)
         return self.missing("EntryNotFound")
 
+    def make_ref(self, kind, repo_id, what, name, ask):
+        """A branch `name` from ask["startingPoint"], or a tag ask["tag"] at `name`."""
+        with LOCK:
+            if self.hidden(kind, repo_id):
+                return None
+            state = self.store.refs(kind, repo_id)
+            refs, start = state["branches"], ask.get("startingPoint")
+            if what == "tag":
+                refs, name, start = state["tags"], ask["tag"], name
+            if name in refs:
+                return self.reply(409, {"error": f"Reference {name} already exists"})
+            sha = self.store.resolve(kind, repo_id, start)
+            if sha is None:
+                return self.missing("RevisionNotFound")
+            refs[name] = sha
+            self.store.write(kind, repo_id, state)
+            return self.reply(200, {})
+
     def commit(self, kind, repo_id, branch, raw):
         adds, deletes, title = {}, [], ""
         for line in raw.decode().splitlines():
@@ -343,9 +437,14 @@ class Handler(BaseHTTPRequestHandler):
                 adds[value["path"]] = (self.store.root / "lfs" / value["oid"]).read_bytes()
             elif item["key"] in ("deletedFile", "deletedFolder"):
                 deletes.append(value["path"])
-        if self.store.refs(kind, repo_id) is None:
-            return self.missing("RepoNotFound")
-        sha = self.store.commit(kind, repo_id, branch, adds, deletes, title)
+        if self.hidden(kind, repo_id):
+            return None
+        if branch not in self.store.refs(kind, repo_id)["branches"]:
+            return self.missing("RevisionNotFound")
+        if self.store.fault("commit"):
+            return self.reply(500, {"error": "Internal error"})
+        create_pr = parse_qs(urlsplit(self.path).query).get("create_pr", ["0"])[0].lower() in ("1", "true")
+        sha, number = self.store.commit(kind, repo_id, branch, adds, deletes, title, create_pr)
         prefix = "" if kind == "model" else kind + "s/"
         self.reply(
             200,
@@ -353,6 +452,7 @@ class Handler(BaseHTTPRequestHandler):
                 "success": True,
                 "commitOid": sha,
                 "commitUrl": f"{self.base()}/{prefix}{repo_id}/commit/{sha}",
+                "pullRequestUrl": f"{self.base()}/{prefix}{repo_id}/discussions/{number}" if number else None,
                 "hookOutput": "",
             },
         )

@@ -1,61 +1,9 @@
 """Uploading to a Hub and loading from it, with the real clients, against a small Hub on this computer (local_hub.py)."""
 
 import json
-import os
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
-
-HERE = Path(__file__).parent
-
-
-@pytest.fixture(scope="module")
-def hub(tmp_path_factory):
-    """The folder that the Hub stores, and a function that runs steps of client.py, in a process with empty caches."""
-    root = tmp_path_factory.mktemp("hub")
-    port_file = root / "port"
-    command = [
-        sys.executable,
-        str(HERE / "local_hub.py"),
-        "--root",
-        str(root / "store"),
-        "--port-file",
-        str(port_file),
-    ]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 60
-        while not (port_file.exists() and port_file.read_text()):
-            if server.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError("the local Hub did not start")
-            time.sleep(0.05)
-        offline = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
-        environment = {name: value for name, value in os.environ.items() if name not in offline} | {
-            "HF_ENDPOINT": f"http://127.0.0.1:{port_file.read_text()}",
-            "HF_TOKEN": "hf_local",
-            "HF_HUB_DISABLE_XET": "1",
-            "DISABLE_SAFETENSORS_CONVERSION": "1",
-            "NO_PROXY": "127.0.0.1",
-            "CUDA_VISIBLE_DEVICES": "",
-        }
-
-        def client(name, *steps):
-            folder = root / name
-            folder.mkdir()
-            command = [sys.executable, str(HERE / "client.py"), str(folder), *steps]
-            environment["HF_HOME"] = str(folder / "home")
-            result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-            assert result.returncode == 0, result.stderr
-            return json.loads((folder / "results_of_steps.json").read_text())
-
-        yield root / "store", client
-    finally:
-        server.terminate()
-        server.wait()
 
 
 @pytest.fixture(scope="module")

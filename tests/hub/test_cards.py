@@ -1,0 +1,96 @@
+"""Cards say what their files say, and no number that is in none of them."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from huggingface_hub import DatasetCard, ModelCard
+
+from cjepa_hf.cli import main
+from cjepa_hf.hub.cards import card
+from cjepa_hf.hub.convert import hub_configs
+
+ROOT = Path(__file__).parents[2]
+ENTRIES = hub_configs()
+
+
+def numbers(value):
+    """All numbers in a json value, those inside its texts too."""
+    if isinstance(value, dict):
+        return numbers(list(value.values()))
+    if isinstance(value, list):
+        return {number for item in value for number in numbers(item)}
+    if isinstance(value, (int, float)):
+        return {float(value), round(float(value), 3)}
+    return {float(number.replace(",", "")) for number in re.findall(r"\d[\d,]*(?:\.\d+)?", str(value))}
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_the_cards_of_the_repository_are_up_to_date(name):
+    """Otherwise: cjepa-hf card --all model_cards."""
+    text = (ROOT / "model_cards" / f"{name}.md").read_text(encoding="utf-8")
+    assert text == card(ENTRIES[name], f"galilai/{name}")
+    assert {path.stem for path in (ROOT / "model_cards").glob("*.md")} == set(ENTRIES)
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_every_number_of_a_card_is_in_a_file(name):
+    source = json.loads((ENTRIES[name] / "source.json").read_text())
+    values = [json.loads(path.read_text()) for path in ENTRIES[name].glob("*.json")]
+    values += [json.loads((ROOT / path).read_text()) for path in source.get("results", [])]
+    # names of files and repositories, the license (2.0), the citation, the interval (95 %), the channels of pixels (3)
+    known = {95.0, 2026.0, 2602.11389, 2.0, 3.0} | numbers([name, *source.get("results", [])])
+    text = card(ENTRIES[name], f"galilai/{name}")
+    unknown = numbers(text) - {number for value in values for number in numbers(value)} - known
+    assert not unknown
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_the_metadata_of_a_card_is_what_the_hub_reads(name):
+    source = json.loads((ENTRIES[name] / "source.json").read_text())
+    dataset = name.endswith("-slots")
+    parsed = (DatasetCard if dataset else ModelCard)(card(ENTRIES[name], f"galilai/{name}"))
+    assert parsed.data.license == "apache-2.0"
+    if dataset:
+        files = parsed.data.configs[0]["data_files"]
+        assert [file["split"] for file in files] == source["dataset"]["splits"]
+        return
+    assert parsed.data.library_name == "cjepa_hf" and f'from_pretrained("galilai/{name}"' in parsed.text
+    results = {result.metric_name: result for result in parsed.data.eval_results or []}
+    for row in source["paper"]["results"]:
+        result = results.pop(f"{row['name']}, as the paper reports")
+        assert result.metric_value == row["value"] and result.source_url == source["paper"]["url"]
+    assert bool(results) == (name == "cjepa-pusht-small")  # the only one measured here
+
+
+def test_a_measured_number_is_the_files(tmp_path):
+    for name, rate in (("a", 0.5), ("b", 0.25)):
+        row = {"name": "default", "rate": rate, "low": 0.1, "high": 0.9, "n": 8}
+        (tmp_path / f"{name}.json").write_text(json.dumps({"protocol": {"name": "pusht-25"}, "rows": [row]}))
+    text = card(ENTRIES["cjepa-pusht-small"], results=[tmp_path / "a.json", tmp_path / "b.json"])
+    assert "| 0.5 | 0.1 to 0.9 | 8 | `a.json` |" in text and "| 0.25 | 0.1 to 0.9 | 8 | `b.json` |" in text
+    assert "0.925" not in text
+    (tmp_path / "c.json").write_text("{}")
+    for file in ("c.json", "missing.json"):
+        with pytest.raises(ValueError, match=file):
+            card(ENTRIES["cjepa-pusht-small"], results=[tmp_path / file])
+
+
+def test_the_command_writes_a_card_and_keeps_one_that_is_there(tmp_path, capsys):
+    (tmp_path / "config.json").write_text((ENTRIES["savi-clevrer"] / "config.json").read_text())
+    assert main(["card", str(tmp_path), "--repo-id", "me/savi"]) == 0
+    text = (tmp_path / "README.md").read_text()
+    assert 'SaviModel.from_pretrained("me/savi"' in text and "nothing was measured" in text
+    (tmp_path / "README.md").write_text("mine")
+    assert main(["card", str(tmp_path)]) == 2 and "--force" in capsys.readouterr().err
+    assert (tmp_path / "README.md").read_text() == "mine"
+    assert main(["card", str(tmp_path), "--force"]) == 0 and "# " in (tmp_path / "README.md").read_text()
+
+
+def test_what_is_no_model_has_no_card(tmp_path):
+    with pytest.raises(ValueError, match="neither a model"):
+        card(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ValueError, match="'bert'"):
+        card(tmp_path)

@@ -1,0 +1,255 @@
+"""What is published, what is refused, and that it loads again by its name, against a small Hub on this computer."""
+
+import json
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from cjepa_hf import CJepaConfig, CJepaModel, ColorIsaConfig, ColorIsaModel
+from cjepa_hf.cli import main
+from cjepa_hf.data import write_slot_dataset
+from cjepa_hf.hub.publish import publish
+
+ENTRY = "cjepa-clevrer-savi-2of7"
+
+
+def value(results, step):
+    result = results[step]
+    assert not (isinstance(result, dict) and "error" in result), result["error"]
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------- without a Hub
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A predictor with an encoder, as a training leaves it."""
+    folder = tmp_path_factory.mktemp("publish") / "model"
+    encoder = ColorIsaConfig(num_slots=4, slot_size=16, hidden_size=16, mlp_size=16, stem_channels=8)
+    sizes = dict(slot_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    CJepaModel(CJepaConfig(**sizes, slot_encoder_config=encoder)).save_pretrained(folder)
+    for name in ("checkpoints/step_5/optimizer.bin", "log.jsonl", ".hidden", "helper.py"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"1")
+    return folder
+
+
+@pytest.fixture
+def model(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "model")
+
+
+def test_a_dry_run_lists_what_would_go_and_changes_nothing(model, capsys):
+    before = {path: path.read_bytes() for path in model.rglob("*") if path.is_file()}
+    assert main(["publish", str(model), "tester/world", "--dry-run", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert set(report["files"]) == {"README.md", "config.json", "model.safetensors"}
+    assert report["files"]["model.safetensors"] == (model / "model.safetensors").stat().st_size
+    assert report["left_out"] == [".hidden", "checkpoints/step_5/optimizer.bin", "helper.py", "log.jsonl"]
+    assert report["url"] is None and report["repo_type"] == "model"
+    assert before == {path: path.read_bytes() for path in model.rglob("*") if path.is_file()}
+
+
+def test_a_card_that_is_there_is_kept(model):
+    (model / "README.md").write_text("mine")
+    assert publish(model, "tester/world", dry_run=True)["files"]["README.md"] == 4
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "weights.ckpt", "slots.pkl", "innocent.json", "notes"])
+@pytest.mark.parametrize("protocol", ["zip", 2, 5])
+def test_pickles_are_refused_under_any_name(model, name, protocol):
+    content = {"weight": [1.0]}
+    if protocol == "zip":
+        torch.save(content, model / name)
+    else:
+        (model / name).write_bytes(pickle.dumps(content, protocol=protocol))
+    with pytest.raises(ValueError, match=name):
+        publish(model, "tester/world", dry_run=True)
+
+
+def test_weights_that_do_not_load_are_refused(model):
+    whole = (model / "model.safetensors").read_bytes()
+    tensors = {name: tensor.clone() for name, tensor in load_file(model / "model.safetensors").items()}
+
+    def refused(message):
+        with pytest.raises(ValueError, match=message):
+            publish(model, "tester/world", dry_run=True)
+
+    (model / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    refused("damaged")
+    for change, message in (
+        (lambda t: t.pop("predictor.norm.weight"), "1 missing keys"),
+        (lambda t: t.update(stranger=torch.zeros(1)), "1 unexpected keys"),
+        (lambda t: t.update({"predictor.norm.weight": torch.zeros(3)}), "config.json"),
+        (lambda t: t["predictor.norm.weight"].fill_(float("nan")), "predictor.norm.weight"),
+    ):
+        changed = {name: tensor.clone() for name, tensor in tensors.items()}
+        change(changed)
+        (model / "model.safetensors").unlink()
+        save_file(changed, model / "model.safetensors", metadata={"format": "pt"})
+        refused(message)
+    (model / "model.safetensors").unlink()
+    refused("no model.safetensors")
+
+
+def test_what_is_no_model_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="neither a model"):
+        publish(tmp_path, "tester/world", dry_run=True)
+    with pytest.raises(ValueError, match="no folder"):
+        publish(tmp_path / "missing", "tester/world", dry_run=True)
+
+
+def test_code_goes_with_the_predictor_alone(model, tmp_path):
+    report = publish(model, "tester/world", dry_run=True, with_code=True)
+    assert {"configuration_cjepa.py", "modeling_cjepa.py", "model.safetensors"} <= set(report["files"])
+    assert "helper.py" not in report["files"] and "helper.py" in report["left_out"]
+    assert report["files"]["model.safetensors"] < (model / "model.safetensors").stat().st_size  # no encoder
+    encoder = ColorIsaConfig(num_slots=4, slot_size=16, hidden_size=16, mlp_size=16, stem_channels=8)
+    ColorIsaModel(encoder).save_pretrained(tmp_path / "encoder")
+    with pytest.raises(ValueError, match="color-isa"):
+        publish(tmp_path / "encoder", "tester/world", dry_run=True, with_code=True)
+
+
+def test_a_folder_with_a_map_to_code_needs_the_option(model):
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "helper.Model"}}))
+    with pytest.raises(ValueError, match="--with-code"):
+        publish(model, "tester/world", dry_run=True)
+
+
+def test_a_slot_dataset_lists_its_shards(tmp_path):
+    episode = {"episode_id": "e", "slots": np.zeros((5, 4, 16), np.float32)}
+    write_slot_dataset(tmp_path / "slots", {"train": [episode]}, frame_skip=1)
+    (tmp_path / "slots" / "extra.pkl").write_bytes(b"1")
+    report = publish(tmp_path / "slots", "tester/slots", dry_run=True)
+    assert set(report["files"]) == {"README.md", "slot_dataset.json", "data/train-00000-of-00001.parquet"}
+    assert report["repo_type"] == "dataset" and report["left_out"] == ["extra.pkl"]
+    shard = tmp_path / "slots" / "data" / "train-00000-of-00001.parquet"
+    shard.write_bytes(shard.read_bytes()[:-10])
+    with pytest.raises(ValueError, match="damaged"):
+        publish(tmp_path / "slots", "tester/slots", dry_run=True)
+
+
+# ------------------------------------------------------------------------------------------------------- with a Hub
+
+
+@pytest.fixture(scope="module")
+def published(hub):
+    steps = ["publish_models", "publish_others", "publish_slots", "publish_in_vain", "upload_damaged"]
+    return hub[1]("owner", *steps, script="publish_client.py")
+
+
+@pytest.fixture(scope="module")
+def loaded(hub, published):
+    """Another user, whose caches are empty."""
+    steps = ["load_by_name", "load_slots", "load_private", "load_in_vain", "load_broken_off"]
+    return hub[1]("reader", *steps, script="publish_client.py", HF_TOKEN="hf_reader")
+
+
+def refs(hub, name, kind="models"):
+    return json.loads((hub[0] / kind / name / "refs.json").read_text())
+
+
+def files(hub, name, branch="main", kind="models"):
+    folder = hub[0] / kind / name / refs(hub, name, kind)["branches"][branch]
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_an_entry_is_published_in_one_commit_with_a_card(hub, published):
+    result = value(published, "publish_models")
+    assert result["status"] == 0 and "README.md" not in result["untouched"]
+    name = f"galilai/{ENTRY}"
+    assert files(hub, name) == {"README.md", "config.json", "model.safetensors", "source.json"}
+    assert len(refs(hub, name)["log"]) == 3  # one on main, one on the branch, one in the pull request
+    assert set(refs(hub, name)["branches"]) == {"main", "next", "refs/pr/1"}
+    assert result["pull request"].endswith("/discussions/1")
+    card = (hub[0] / "models" / name / refs(hub, name)["branches"]["main"] / "README.md").read_text()
+    assert f'from_pretrained("{name}"' in card and "77.25" in card
+
+
+def test_it_loads_by_name_branch_tag_and_pull_request(published, loaded):
+    old, new = value(published, "publish_models")["predicted"]
+    assert not np.allclose(old, new)
+    expected = {"main": old, "auto": old, "v1": old, "next": new, "refs/pr/1": new}
+    result = value(loaded, "load_by_name")
+    assert set(result) == set(expected)
+    for revision, (name, numbers) in result.items():
+        assert name == "CJepaModel"
+        np.testing.assert_allclose(numbers, expected[revision], rtol=1e-5)
+
+
+def test_it_loads_without_a_network_from_the_cache(hub, published, loaded):
+    before = (hub[0] / "access.log").read_text()
+    offline = {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    result = hub[1]("reader", "load_offline", script="publish_client.py", **offline)
+    numbers, (kind, text) = value(result, "load_offline")
+    assert kind == "OSError" and "tester/code" in text  # never loaded there
+    np.testing.assert_allclose(numbers, value(published, "publish_models")["predicted"][0], rtol=1e-5)
+    assert before == (hub[0] / "access.log").read_text()
+
+
+def test_it_loads_with_its_code_where_the_package_is_not_installed(hub, published):
+    result = hub[1]("stranger", "load_code", script="publish_client.py")
+    numbers, module = value(result, "load_code")
+    assert module.startswith("transformers_modules")
+    np.testing.assert_allclose(numbers, value(published, "publish_others"), rtol=1e-5)
+    assert files(hub, "tester/code") >= {"configuration_cjepa.py", "modeling_cjepa.py", "model.safetensors"}
+
+
+def test_a_private_repository_opens_with_the_token_alone(hub, published, loaded):
+    assert refs(hub, "tester/secret")["private"] and not refs(hub, "tester/code")["private"]
+    numbers, (kind, text) = value(loaded, "load_private")
+    np.testing.assert_allclose(numbers, value(published, "publish_others"), rtol=1e-5)
+    assert kind == "OSError" and "tester/secret" in text
+
+
+def test_weights_of_an_earlier_upload_are_gone(hub, published):
+    value(published, "publish_others")
+    assert files(hub, "tester/stale") == {"README.md", "config.json", "model.safetensors", "notes.txt"}
+
+
+def test_a_failed_upload_changes_nothing_and_says_so(hub, published):
+    result = value(published, "publish_in_vain")
+    assert result["failed"][0] == "ConnectionError" and "nothing in the repository has changed" in result["failed"][1]
+    for token in ("hf_wrong", "hf_reader"):
+        kind, text = result[token]
+        assert kind == "PermissionError" and f"galilai/{ENTRY}" in text and "HF_TOKEN" in text
+    assert len(refs(hub, f"galilai/{ENTRY}")["log"]) == 3
+
+
+def test_a_published_slot_dataset_loads_and_streams_into_windows(hub, published, loaded):
+    assert set(value(published, "publish_slots")) == files(hub, "tester/slots", kind="datasets")
+    count, streamed, total, again = value(loaded, "load_slots")
+    assert count == streamed == 2 * (13 - 6 + 1)
+    assert total == pytest.approx(again, rel=1e-9)
+
+
+def test_what_cannot_be_loaded_is_named(published, loaded):
+    value(published, "upload_damaged")
+    result = value(loaded, "load_in_vain")
+    for name, words in {
+        "missing": ["tester/missing"],
+        "empty": ["tester/empty", "model.safetensors"],
+        "revision": [ENTRY, "v9"],
+        "token": ["tester/secret"],
+    }.items():
+        kind, text = result[name]
+        assert kind == "OSError" and all(word in text for word in words), (name, text)
+    assert "deserializing" in result["truncated"][1] or "safetensors" in result["truncated"][1]
+
+
+def test_a_download_that_breaks_off_goes_on_where_it_was(hub, published, loaded):
+    old, _ = value(published, "publish_models")["predicted"]
+    np.testing.assert_allclose(value(loaded, "load_broken_off"), old, rtol=1e-5)
+    assert json.loads((hub[0] / "faults.json").read_text()) == {"download": None}  # it did break off
+
+
+@pytest.mark.slow
+def test_every_entry_at_full_size(hub):
+    result = value(hub[1]("everything", "load_all", script="publish_client.py"), "load_all")
+    assert len(result) == 18 and all(result.values()), result
