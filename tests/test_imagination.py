@@ -73,7 +73,9 @@ def test_removals_mean_what_they_say(model, slots):
 
 
 def test_every_scene_may_lose_another_object_and_interventions_combine(model, slots):
-    result = imagine(model, slots, [Drop(torch.tensor([0, 1, 3])), [Drop(0), Empty(2)]], num_frames=3, empty_slot=EMPTY)
+    result = imagine(
+        model, slots, [Drop(torch.tensor([0, 1, 3])), [Drop(0), Empty(2)]], num_frames=3, empty_slot=EMPTY
+    )
     for scene, gone in enumerate([0, 1, 3]):
         keep = [k for k in range(N) if k != gone]
         alone = imagine(model, slots[scene : scene + 1], [Drop(gone)], num_frames=3, batch_size=1)
@@ -163,7 +165,9 @@ def test_video_rollout_equals_the_released_code_with_frame_skip():
     config = dict(num_slots=3, slot_size=16, history_length=5, prediction_length=2, num_hidden_layers=2)
     model = golden_model(data, **config, num_attention_heads=4, intermediate_size=32, frame_skip=3)
     videos = ("0_pixels.mp4", "1_pixels.mp4")
-    observed, extended = (torch.stack([data[f"{k}.{v}"] for v in videos]) for k in ("inputs.slots", "outputs.extended"))
+    observed, extended = (
+        torch.stack([data[f"{k}.{v}"] for v in videos]) for k in ("inputs.slots", "outputs.extended")
+    )
     count = extended.shape[1] - observed.shape[1]
     result = extend_video(model, observed, num_frames=count, batch_size=4)
     torch.testing.assert_close(result, extended, atol=5e-5, rtol=5e-4)
@@ -210,6 +214,7 @@ def test_contacts_and_empty_slots_are_found():
         (dict(interventions=[Empty(0)]), "pass empty_slot"),
         (dict(empty_slot=torch.zeros(3)), "empty_slot has shape"),
         (dict(actions=torch.zeros(3, 9, 2)), "built without actions"),
+        (dict(interventions=[Act(torch.zeros(3, 9, 2))]), "none were given"),
         (dict(slots=torch.zeros(3, 8, N, 5)), r"expected a tensor \(B, T, N, D=16\)"),
     ],
 )

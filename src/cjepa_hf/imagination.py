@@ -189,6 +189,8 @@ def imagine(
         raise ValueError("entries and Delay need to know what an empty slot looks like: pass empty_slot [D]")
     gone = None if empty is None else is_empty(slots, empty, empty_tolerance)
     targets = [[_target(edit, slots, gone) for edit in plan] for plan in plans]
+    if actions is None and any(isinstance(edit, Act) for plan in plans for edit in plan):
+        raise ValueError("Act changes actions, and none were given: pass those of the factual rollout as actions")
     if actions is not None or proprio is not None:
         if frame_skip != 1 or (start != start[0]).any():
             raise ValueError("actions and proprio need frame_skip=1 and the same start in all scenes")
