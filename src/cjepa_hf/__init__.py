@@ -44,9 +44,12 @@ register_envs()
 _LAZY = {
     "CollisionWorld": ".simulators.collisions",
     "PushTEnv": ".simulators.push_t",
+    "SlotProbe": ".slot_probe",
     "bundled_checkpoint": ".checkpoints",
     "convert_original_checkpoint": ".hub.convert",
     "convert_original_slots": ".hub.convert",
+    "extend_video": ".imagination",
+    "imagine": ".imagination",
 }
 
 
