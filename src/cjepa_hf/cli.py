@@ -140,6 +140,41 @@ def _parser() -> argparse.ArgumentParser:
     _common(sub)
 
     sub = command(
+        "rollout", rollout, "Imagine a video's continuation, as it is and with interventions on its objects."
+    )
+    sub.add_argument("video", help="video file, folder of pictures, .npy of frames or of slots [T, N, D]")
+    sub.add_argument("--model", help="folder or Hub id of a CJepaModel (default: the shipped one)")
+    sub.add_argument(
+        "--intervention", "-i", action="append", default=[], metavar="KIND:SLOT",
+        help="drop:SLOT (one object less), empty:SLOT (nothing there), mask:SLOT (not observed), delay:SLOT:FRAMES; SLOT is "
+        'a number or, with a probe, words ("red cube"). Repeat it to compare several',
+    )  # fmt: skip
+    sub.add_argument("--num-frames", type=int, help="to imagine (default: 32, or what the actions say)")
+    sub.add_argument("--start", type=int, help="first imagined frame (default: after the video)")
+    sub.add_argument("--actions", help=".npy, environment units, for a model that takes them")
+    sub.add_argument("--proprio", help=".npy [T, P], environment units, for a model that takes it")
+    _slot_arguments(sub)
+    sub.add_argument("--gif", help="write all rollouts side by side to this file")
+    sub.add_argument("--output", help="write slots, effects and paths to this .npz")
+    _common(sub)
+
+    sub = command("answer", answer, "Answer a question about a video (pipeline video-question-answering).")
+    sub.add_argument("video", help="video file, folder of pictures, .npy of frames or of slots [T, N, D]")
+    sub.add_argument("question", help='in CLEVRER\'s words, such as "What will happen if the red cube is removed?"')
+    sub.add_argument("options", nargs="*", help="of a multiple-choice question")
+    sub.add_argument("--model", required=True, help="folder or Hub id of an AloeForVideoQuestionAnswering")
+    sub.add_argument(
+        "--world-model", help="folder or Hub id of a CJepaModel, for predictive and counterfactual questions"
+    )
+    _slot_arguments(sub)
+    sub.add_argument("--question-type", choices=["descriptive", "explanatory", "predictive", "counterfactual"])
+    sub.add_argument("--frames-from", default="imagined", choices=["imagined", "released", "observed"],
+                     help="what the answer is based on; released: as the paper's code (default: %(default)s)")  # fmt: skip
+    sub.add_argument("--contact-distance", type=float, help="imagine from the removed object's first contact on")
+    sub.add_argument("--removed-slot", type=int, help="the slot that a counterfactual question takes away")
+    _common(sub)
+
+    sub = command(
         "convert", convert, "Turn a file of the paper's authors (checkpoint or slots) into a model or slot dataset."
     )
     sub.add_argument("file", help="the original file; it is read as data, nothing in it is run")
@@ -150,7 +185,34 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--states", help="pickle of their states (slots)")
     sub.add_argument("--frame-skip", type=int, help="suggested for windows (slots; default: 5 with actions, else 2)")
     sub.add_argument("--json", action="store_true", help="print what was written as JSON")
+
+    sub = command("card", write_card, "Write the card (README.md) of a model or slot dataset from its files.")
+    sub.add_argument("folder", nargs="?", help="model, slot dataset, or entry of hub_configs")
+    sub.add_argument("--repo-id", help="name on the Hub (default: the folder's name)")
+    sub.add_argument("--results", nargs="+", metavar="FILE", help="measured results (default: those of source.json)")
+    sub.add_argument("--output", help="file to write (default: README.md in the folder)")
+    sub.add_argument("--force", action="store_true", help="replace a card that is there")
+    sub.add_argument("--all", metavar="DIR", help="instead of one: the cards of all entries of hub_configs")
+    sub.add_argument("--owner", default="galilai", help="of the repositories of --all (default: %(default)s)")
+
+    sub = command(
+        "publish", publish, "Upload a model (safetensors alone) or a slot dataset to the Hub, in one commit."
+    )
+    sub.add_argument("folder")
+    sub.add_argument("repo_id", help="owner/name; made if it does not exist")
+    sub.add_argument("--dry-run", action="store_true", help="check the folder and list what would go, send nothing")
+    sub.add_argument("--private", action="store_true", default=None, help="if the repository is made: make it private")
+    sub.add_argument("--revision", help="branch to commit to (default: main)")
+    sub.add_argument("--create-pr", action="store_true", help="as a pull request")
+    sub.add_argument("--with-code", action="store_true", help="the predictor alone, with code for trust_remote_code")
+    sub.add_argument("--message", help="of the commit")
+    sub.add_argument("--json", action="store_true", help="print the report as JSON")
     return parser
+
+
+def _slot_arguments(sub):
+    sub.add_argument("--slot-encoder", help="folder or Hub id (default: the one in the world model)")
+    sub.add_argument("--probe", help="folder with a slot_probe.safetensors (default: beside the model)")
 
 
 def _common(sub):
@@ -327,9 +389,13 @@ def evaluate(arguments, _) -> None:
 
 
 def _write(path: Path, results: dict) -> None:
+    _write_text(path, json.dumps(results, indent=1) + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(json.dumps(results, indent=1) + "\n")
+        temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -359,6 +425,110 @@ def plan(arguments, _) -> None:
             print("  " + "  ".join(f"{value:7.3f}" for value in action))
 
 
+def _video(path: str):
+    """The path, or the array of a .npy file."""
+    if Path(path).suffix != ".npy":
+        return path
+    import numpy as np
+
+    return np.load(path, allow_pickle=False)
+
+
+def _slot_parts(arguments, folder: str | None) -> dict:
+    """Slot encoder, image processor and probe, as the pipelines take them; `folder` may hold the first two."""
+    from contextlib import suppress
+
+    from transformers import AutoImageProcessor, AutoModel
+
+    parts, folder = {"probe": arguments.probe}, arguments.slot_encoder or folder
+    if arguments.slot_encoder:
+        parts["slot_encoder"] = AutoModel.from_pretrained(arguments.slot_encoder, use_safetensors=True)
+    if folder and (not Path(folder).is_dir() or (Path(folder) / "preprocessor_config.json").is_file()):
+        with suppress(OSError):  # none on the Hub: the encoder's default
+            parts["image_processor"] = AutoImageProcessor.from_pretrained(folder)
+    return parts
+
+
+def rollout(arguments, _) -> None:
+    import numpy as np
+    import torch
+    from transformers import pipeline
+
+    from cjepa_hf import CJepaModel
+
+    folder, inputs = _model(arguments), {"video": _video(arguments.video)}
+    for name in ("actions", "proprio"):
+        if getattr(arguments, name):
+            inputs[name] = np.load(getattr(arguments, name), allow_pickle=False)
+    model = CJepaModel.from_pretrained(folder, use_safetensors=True)
+    device, parts = torch.device(_device(arguments)), _slot_parts(arguments, folder)
+    imagine = pipeline("counterfactual-rollout", model=model, device=device, **parts)
+    result = imagine(
+        inputs, interventions=arguments.intervention, num_frames=arguments.num_frames, start=arguments.start,
+        gif=arguments.gif,
+    )  # fmt: skip
+    if arguments.output:
+        output = Path(arguments.output)
+        paths = {f"paths_{name}": value for name, value in (result["paths"] or {}).items()}
+        temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+        try:
+            with open(temporary, "wb") as file:
+                np.savez(file, **{name: result[name] for name in ("factual", "slots", "effect", "observed")}, **paths)
+            os.replace(temporary, output)
+        finally:
+            temporary.unlink(missing_ok=True)
+    report = {name: result[name] for name in ("start", "history", "short_history", "interventions", "objects", "gif")}
+    report["num_frames"], report["output"] = len(result["factual"]), arguments.output
+    if arguments.json:
+        print(json.dumps(report))
+        return
+    print(f"{report['num_frames']} frames imagined from frame {report['start']} on, after {report['history']} steps")
+    if report["short_history"]:
+        print(f"  (the model was trained with {model.config.history_length} steps before)")
+    for one in report["interventions"]:
+        print(f"{one['intervention']}: {len(one['affected'])} other objects affected")
+        for row in one["affected"]:
+            name = f" ({row['object']})" if row.get("object") else ""
+            print(f"  slot {row['slot']}{name} from frame {row['from_frame']}, by up to {row['largest_effect']:.3f}")
+    for name in filter(None, (arguments.gif, arguments.output)):
+        print(f"Written: {name}")
+
+
+def answer(arguments, _) -> None:
+    import torch
+    from transformers import pipeline
+
+    from cjepa_hf import AloeForVideoQuestionAnswering, AloeProcessor
+
+    model = AloeForVideoQuestionAnswering.from_pretrained(arguments.model, use_safetensors=True)
+    ask = pipeline(
+        "video-question-answering", model=model, processor=AloeProcessor.from_pretrained(arguments.model),
+        world_model=arguments.world_model, device=torch.device(_device(arguments)),
+        **_slot_parts(arguments, arguments.world_model),
+    )  # fmt: skip
+    result = ask(
+        {
+            "video": _video(arguments.video), "question": arguments.question, "options": arguments.options or None,
+            "question_type": arguments.question_type, "removed_slot": arguments.removed_slot,
+        },
+        frames_from=arguments.frames_from, contact_distance=arguments.contact_distance,
+    )  # fmt: skip
+    if arguments.json:
+        print(json.dumps(result))
+        return
+    if result["options"] is None:
+        print(f"{result['answer']}  ({result['scores'][result['answer']]:.2f})")
+    for one in result["options"] or []:
+        print(f"{one['answer']:<8} {one['score']:.2f}  {one['option']}")
+    frames = result["imagined_frames"]
+    print(f"{result['question_type']}; {len(frames)} of {len(result['frames'])} frames were imagined", end="")
+    print(f" (from {frames[0]} on)" if frames else "")
+    if result["removed"]:
+        print(f"without {result['removed']['object'] or 'the object'} in slot {result['removed']['slot']}")
+    for note in result["notes"]:
+        print(f"note: {note}")
+
+
 def convert(arguments, _) -> None:
     import shutil
 
@@ -384,7 +554,7 @@ def convert(arguments, _) -> None:
     try:
         model.save_pretrained(temporary)
         beside = config_file(arguments.config).parent if arguments.config else temporary
-        for name in ("preprocessor_config.json", "processor_config.json"):
+        for name in ("preprocessor_config.json", "processor_config.json", "source.json"):
             if beside != temporary and (beside / name).is_file():
                 shutil.copyfile(beside / name, temporary / name)
         os.replace(temporary, output)
@@ -393,6 +563,57 @@ def convert(arguments, _) -> None:
     size = sum(parameter.numel() for parameter in model.parameters())
     report = {"folder": str(output), "model_type": model.config.model_type, "num_parameters": size}
     print(json.dumps(report) if arguments.json else f"{type(model).__name__} ({size:,} parameters) in {output}")
+
+
+def write_card(arguments, _) -> None:
+    from cjepa_hf.hub.cards import card
+    from cjepa_hf.hub.convert import hub_configs
+
+    if bool(arguments.all) == bool(arguments.folder):
+        raise ValueError("give a folder, or --all DIR for the cards of all entries of hub_configs")
+    if arguments.all:
+        if arguments.repo_id or arguments.results or arguments.output:
+            raise ValueError("--repo-id, --results and --output belong to one folder: leave them out with --all")
+        texts = {
+            Path(arguments.all) / f"{name}.md": card(folder, f"{arguments.owner}/{name}")
+            for name, folder in hub_configs().items()
+        }
+    else:
+        folder = hub_configs().get(arguments.folder, Path(arguments.folder))
+        output = Path(arguments.output) if arguments.output else folder / "README.md"
+        if output.exists() and not arguments.force:
+            raise ValueError(f"{output} is there already: --force replaces it, --output writes elsewhere")
+        texts = {output: card(folder, arguments.repo_id, arguments.results)}
+    for path, text in texts.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_text(path, text)
+    print(f"{len(texts)} cards in {arguments.all}" if arguments.all else f"Card in {path}")
+
+
+def publish(arguments, _) -> None:
+    from cjepa_hf.hub.publish import publish
+
+    report = publish(
+        arguments.folder,
+        arguments.repo_id,
+        revision=arguments.revision,
+        private=arguments.private,
+        create_pr=arguments.create_pr,
+        with_code=arguments.with_code,
+        dry_run=arguments.dry_run,
+        commit_message=arguments.message,
+    )
+    if arguments.json:
+        print(json.dumps(report))
+        return
+    verb = "would go" if arguments.dry_run else "uploaded"
+    print(f"{report['repo_type']} {report['repo_id']}, branch {report['revision'] or 'main'}: {verb}")
+    for name, size in report["files"].items():
+        print(f"  {size:>13,} {name}")
+    if report["left_out"]:
+        print(f"  stays: {', '.join(report['left_out'])}")
+    if report["url"]:
+        print(report["url"])
 
 
 if __name__ == "__main__":
