@@ -8,19 +8,19 @@ import json
 import random
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, make_dataclass
+from dataclasses import asdict, dataclass, fields, make_dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from huggingface_hub import ModelCardData
 from torch import Tensor, nn
-from transformers import AutoImageProcessor, AutoModel, BaseImageProcessor
+from transformers import AutoImageProcessor, AutoModel, BaseImageProcessor, PreTrainedConfig
 from transformers.hf_argparser import HfArg
 
 from ..data.extract import weights_hash
 from ..data.slots import SlotDataset, SlotWindows, StreamingSlotWindows, load_slot_dataset, window_statistics
-from ..models.cjepa import CJepaConfig, CJepaModel
+from ..models.cjepa import CJepaConfig, CJepaModel, SlotWorldModel
 from .arguments import TrainArguments, parse_arguments, parse_value
 from .trainer import (
     TrainResult,
@@ -34,7 +34,7 @@ from .trainer import (
 
 @dataclass(kw_only=True)
 class CJepaTrainArguments(TrainArguments):
-    """Arguments of the world-model training beside [`TrainArguments`] and the fields of [`CJepaConfig`]."""
+    """Arguments of the world-model training beside [`TrainArguments`] and the model's own fields."""
 
     fixed_on_resume: ClassVar = (
         *TrainArguments.fixed_on_resume,
@@ -74,7 +74,7 @@ class CJepaTrainArguments(TrainArguments):
 
     # > Parameters that control the model
     init_model: str | None = HfArg(
-        default=None, help="CJepaModel (folder or Hub id) whose weights training starts from."
+        default=None, help="World model (folder or Hub id) whose weights training starts from."
     )
     slot_encoder: str | None = HfArg(
         default=None,
@@ -94,30 +94,29 @@ class CJepaTrainArguments(TrainArguments):
             raise ValueError(f"eval_rollout_steps must be at least 1, got {self.eval_rollout_steps!r}")
 
 
-# Every field that CJepaConfig itself declares, as text: JSON is read as JSON, "0,2" as the pair [0, 2].
-CONFIG_FIELDS = [
-    name for name in CJepaConfig.__annotations__ if name not in ("model_type", "slot_encoder_config", "hidden_size")
-]
+def config_arguments(config_class: type[PreTrainedConfig]) -> type:
+    """A dataclass with every field that a configuration declares itself, as text: JSON is read as JSON, "0,2" as the
+    pair [0, 2]."""
+
+    def field(name):
+        text = f"{config_class.__name__}.{name}; default {getattr(config_class, name, None)!r}"
+        return name, str | None, HfArg(default=None, help=text.replace("%", "%%"))
+
+    names = [name for name in config_class.__annotations__ if name not in ("model_type", "slot_encoder_config")]
+    text = f"The fields of [`{config_class.__name__}`]; those left out keep their defaults or follow the dataset."
+    return make_dataclass(
+        "ConfigArguments", [field(name) for name in names], kw_only=True, namespace={"__doc__": text}
+    )
 
 
-def _config_help(name: str) -> str:
-    default = getattr(CJepaConfig, name, None)
-    return f"CJepaConfig.{name}; default {default!r}".replace("%", "%%")
-
-
-ConfigArguments = make_dataclass(
-    "ConfigArguments",
-    [(name, str | None, HfArg(default=None, help=_config_help(name))) for name in CONFIG_FIELDS],
-    kw_only=True,
-    namespace={"__doc__": "The fields of [`CJepaConfig`]; those left out keep their defaults or follow the dataset."},
-)
+ConfigArguments = config_arguments(CJepaConfig)
+CONFIG_FIELDS = [field.name for field in fields(ConfigArguments)]
 
 
 def config_overrides(arguments: Any) -> dict[str, Any]:
-    """The fields given, as [`CJepaConfig`] takes them (a file's values may have their types already)."""
+    """The fields given, as the configuration takes them (a file's values may have their types already)."""
     overrides = {}
-    for name in CONFIG_FIELDS:
-        value = getattr(arguments, name)
+    for name, value in asdict(arguments).items():
         if isinstance(value, str):
             value = parse_value(value)
         elif value is None:
@@ -130,7 +129,7 @@ def config_overrides(arguments: Any) -> dict[str, Any]:
 
 
 def world_model_loss(
-    model: CJepaModel, args: CJepaTrainArguments, statistics: Mapping[str, Tensor]
+    model: SlotWorldModel, args: CJepaTrainArguments, statistics: Mapping[str, Tensor]
 ) -> Callable[[nn.Module, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]:
     """The loss function of a batch of windows {"slots" [B, T_h + T_p, N, D], "actions", "proprio"} in raw units.
 
@@ -188,7 +187,7 @@ def world_model_loss(
 
 
 def world_model_metrics(
-    model: CJepaModel, steps: int, statistics: Mapping[str, Tensor]
+    model: SlotWorldModel, steps: int, statistics: Mapping[str, Tensor]
 ) -> Callable[[nn.Module, dict[str, Tensor]], dict[str, Tensor]]:
     """Open-loop errors on windows of history_length + `steps` frames; all imagine the same frames.
 
@@ -222,20 +221,25 @@ def world_model_metrics(
 
 
 def build_model(
-    args: CJepaTrainArguments, overrides: Mapping[str, Any], dataset: SlotDataset
-) -> tuple[CJepaModel, BaseImageProcessor | None]:
+    args: CJepaTrainArguments,
+    overrides: Mapping[str, Any],
+    dataset: SlotDataset,
+    model_class: type[SlotWorldModel] = CJepaModel,
+) -> tuple[SlotWorldModel, BaseImageProcessor | None]:
     """The model to train, sized by the dataset, with the slot encoder in it, and that encoder's image processor.
 
     Raises `ValueError` where the configuration, the dataset and the encoder contradict each other.
     """
-    fields: dict[str, Any] = {}
+    config_class = model_class.config_class
+    values: dict[str, Any] = {}
     if args.init_model:
-        config = CJepaConfig.from_pretrained(args.init_model)
-        fields = {name: getattr(config, name) for name in (*CONFIG_FIELDS, "slot_encoder_config")}
+        config = config_class.from_pretrained(args.init_model)
+        names = config_class.__annotations__.keys() - {"model_type"}
+        values = {name: getattr(config, name) for name in names}
     elif dataset.frame_skip:
-        fields["frame_skip"] = dataset.frame_skip
-    fields |= overrides
-    frame_skip = fields.get("frame_skip", CJepaConfig.frame_skip)
+        values["frame_skip"] = dataset.frame_skip
+    values |= overrides
+    frame_skip = values.get("frame_skip", config_class.frame_skip)
     features = dataset.data.features
     widths = {name: features[name].shape[1] for name in ("actions", "proprio") if name in dataset.columns}
     sizes = {
@@ -245,7 +249,7 @@ def build_model(
         "proprio_size": widths.get("proprio", 0),
     }
     for name, size in sizes.items():
-        given = fields.setdefault(name, size)
+        given = values.setdefault(name, size)
         if given != size and not (given == 0 and name in ("action_size", "proprio_size")):
             raise ValueError(f"{name}={given}, but {dataset.name} has {size} (frame_skip {frame_skip})")
     encoder = None
@@ -257,12 +261,12 @@ def build_model(
                     f"the slot encoder {args.slot_encoder} has {name}={getattr(encoder.config, name)}, {dataset.name} "
                     f"has {sizes[name]}: pass the encoder that made the dataset"
                 )
-        fields["slot_encoder_config"] = encoder.config
-    config = CJepaConfig(**fields)
+        values["slot_encoder_config"] = encoder.config
+    config = config_class(**values)
     if args.init_model:
-        model = CJepaModel.from_pretrained(args.init_model, config=config, use_safetensors=True, dtype=torch.float32)
+        model = model_class.from_pretrained(args.init_model, config=config, use_safetensors=True, dtype=torch.float32)
     else:
-        model = CJepaModel(config)
+        model = model_class(config)
     if encoder is not None:
         model.slot_encoder = encoder
     if model.slot_encoder is None:
@@ -280,8 +284,16 @@ def build_model(
 
 def main(argv: Sequence[str] | None = None) -> TrainResult:
     """Trains as the command line `argv` (default: `sys.argv[1:]`) says and leaves the model in `--output_dir`."""
-    args, config_arguments = parse_arguments([CJepaTrainArguments, ConfigArguments], argv, description=__doc__)
-    overrides = config_overrides(config_arguments)
+    return train_world_model(CJepaModel, argv, __doc__)
+
+
+def train_world_model(
+    model_class: type[SlotWorldModel], argv: Sequence[str] | None, description: str | None
+) -> TrainResult:
+    """[`main`] for any world model of slots; the fields of its configuration are arguments too."""
+    classes = [CJepaTrainArguments, config_arguments(model_class.config_class)]
+    args, given = parse_arguments(classes, argv, description=description)
+    overrides = config_overrides(given)
     accelerator = make_accelerator(args, find_unused_parameters=_may_leave_parameters_unused(args, overrides))
     with accelerator.main_process_first():  # the first process prepares the memory-mapped files
         train_slots = load_slot_dataset(
@@ -291,7 +303,7 @@ def main(argv: Sequence[str] | None = None) -> TrainResult:
         if args.validation_split != "none":
             validation = load_slot_dataset(args.dataset, args.validation_split, revision=args.dataset_revision)
     torch.manual_seed(args.seed)
-    model, processor = build_model(args, overrides, train_slots)
+    model, processor = build_model(args, overrides, train_slots, model_class)
     config = model.config
     columns = ["slots"]
     columns += ["actions"] if config.action_size else []
@@ -342,7 +354,7 @@ def _may_leave_parameters_unused(args: CJepaTrainArguments, overrides: Mapping[s
     return bool(args.history_crop_probability) and overrides.get("residual_prediction") == "velocity"
 
 
-def _statistics(model: CJepaModel, dataset: SlotDataset, shape: tuple[int, int, int]) -> dict[str, Tensor]:
+def _statistics(model: SlotWorldModel, dataset: SlotDataset, shape: tuple[int, int, int]) -> dict[str, Tensor]:
     """Those the model was trained with where it has any (its weights expect them), else of the training split; the
     model keeps them."""
     statistics = {name: buffer.detach().cpu().clone() for name, buffer in model.named_buffers(recurse=False)}
@@ -376,11 +388,16 @@ def _save(model, processor, args, overrides, dataset, statistics, result) -> Non
     save_model_folder(model, args.output_dir, files)
 
 
-def model_card(model: CJepaModel, args: CJepaTrainArguments, results: Mapping[str, Any]) -> str:
+def model_card(model: SlotWorldModel, args: CJepaTrainArguments, results: Mapping[str, Any]) -> str:
     """README.md of a trained folder: what it is, how it was trained, what was measured."""
     config = model.config
+    kind, what = "c-jepa", "A C-JEPA world model ([paper](https://arxiv.org/abs/2602.11389)): it predicts"
+    if not isinstance(model, CJepaModel):
+        kind = config.model_type
+        what = "A DINO-WM world model ([paper](https://arxiv.org/abs/2411.04983)): autoregressive, it predicts"
+    objects = "patches" if getattr(config, "token_type", None) == "patches" else "object slots"
     data = ModelCardData(
-        license="apache-2.0", library_name="cjepa_hf", pipeline_tag="robotics", tags=["c-jepa", "world-model"]
+        license="apache-2.0", library_name="cjepa_hf", pipeline_tag="robotics", tags=[kind, "world-model"]
     )
     name = args.hub_model_id or Path(args.output_dir).resolve().name
     low, high = config.masked_slots_range
@@ -395,15 +412,16 @@ def model_card(model: CJepaModel, args: CJepaTrainArguments, results: Mapping[st
         "",
         f"# {name}",
         "",
-        f"A C-JEPA world model ([paper](https://arxiv.org/abs/2602.11389)): it predicts {config.num_slots} object slots "
-        f"of size {config.slot_size}, {config.frame_skip} environment steps ahead per frame, from up to "
-        f"{config.history_length} frames" + (" with " + " and ".join(conditions) if conditions else "") + ".",
+        f"{what} {config.num_slots} {objects} of size {config.slot_size}, {config.frame_skip} environment steps ahead per "
+        f"frame, from up to {config.history_length} frames"
+        + (" with " + " and ".join(conditions) if conditions else "")
+        + ".",
         "",
         "```python",
         "import cjepa_hf",
-        "from cjepa_hf import CJepaModel",
+        f"from cjepa_hf import {type(model).__name__}",
         "",
-        f'model = CJepaModel.from_pretrained("{name}")',
+        f'model = {type(model).__name__}.from_pretrained("{name}")',
         "```",
         "",
         "## Training",
@@ -411,8 +429,8 @@ def model_card(model: CJepaModel, args: CJepaTrainArguments, results: Mapping[st
         f"- data: `{results['dataset']}`, split `{args.train_split}`" + (f", slots by `{encoder}`" if encoder else ""),
         f"- {results['step']} steps of {args.batch_size} windows, {args.optimizer}, seed {args.seed}, "
         f"{results['training_seconds'] / 60:.1f} minutes",
-        f"- {results['parameters']:,} parameters, {config.num_hidden_layers} layers; slots hidden per sample: {masked} "
-        f"({config.mask_strategy} masks)",
+        f"- {results['parameters']:,} parameters, {config.num_hidden_layers} layers"
+        + (f"; slots hidden per sample: {masked} ({config.mask_strategy} masks)" if kind == "c-jepa" else ""),
         f"- slot encoder inside: {'yes' if model.slot_encoder is not None else 'no'}",
         "- all arguments: `training_args.json`",
         "",
