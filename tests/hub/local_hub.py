@@ -353,7 +353,7 @@ class Handler(BaseHTTPRequestHandler):
             ask = json.loads(raw)
             kind = ask.get("type") or "model"
             name = ask["name"] if "/" in ask["name"] else f"{ask.get('organization') or 'tester'}/{ask['name']}"
-            new = self.store.create(kind, name, ask.get("private"))
+            new = self.store.create(kind, name, ask.get("private") or ask.get("visibility") == "private")
             url = f"{self.base()}/{'' if kind == 'model' else kind + 's/'}{name}"
             return self.reply(200 if new else 409, {"url": url, "id": name, "name": name})
         if m := re.fullmatch(r"/api/(model|dataset|space)s/([^/]+/[^/]+)/(branch|tag)/(.+)", path):

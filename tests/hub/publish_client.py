@@ -201,6 +201,19 @@ def load_broken_off(folder):
     return predicted(CJepaModel.from_pretrained(f"galilai/{CLEVRER}", **keywords))
 
 
+def load_later(folder):
+    """From a server that sends no byte of the weights, and from the same when it does again."""
+    from cjepa_hf import CJepaModel
+
+    def load():
+        return CJepaModel.from_pretrained(f"galilai/{CLEVRER}", use_safetensors=True)
+
+    faults(folder, download={"match": "model.safetensors", "bytes": 0, "times": 999})
+    error = message(load)
+    faults(folder)
+    return error, predicted(load())
+
+
 def load_code(folder):
     """In an environment without this package."""
     sys.modules["cjepa_hf"] = None  # an import of it fails

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, AutoImageProcessor, AutoProcessor
 
 from cjepa_hf import bundled_checkpoint, convert_original_checkpoint
+from cjepa_hf.cli import main
 from cjepa_hf.hub import convert
 from cjepa_hf.hub.convert import ConversionError, config_file, hub_configs
 
@@ -106,6 +107,18 @@ def test_the_released_weights_fit_by_name_and_shape(name, monkeypatch):
     model = convert_original_checkpoint("released.ckpt", name)
     assert model.config.model_type == read(name)["model_type"]
     assert type(model).__name__ == read(name)["architectures"][0]
+
+
+def test_from_the_released_file_to_what_would_be_published(tmp_path, capsys):
+    name = "cjepa-clevrer-savi-2of7"
+    torch.save({key: tensor.clone() for key, tensor in state_dict(name).items()}, tmp_path / "object.ckpt")
+    output = tmp_path / "converted"
+    assert main(["convert", str(tmp_path / "object.ckpt"), "--config", name, "--output-dir", str(output)]) == 0
+    capsys.readouterr()
+    assert main(["publish", str(output), f"galilai/{name}", "--dry-run", "--json"]) == 0
+    files = json.loads(capsys.readouterr().out)["files"]
+    assert set(files) == {"README.md", "config.json", "model.safetensors", "source.json"}
+    assert files["README.md"] == (ROOT / "model_cards" / f"{name}.md").stat().st_size
 
 
 @pytest.mark.parametrize("name", ["videosaur-pusht", "savi-clevrer", "cjepa-clevrer-savi-2of7", "aloe-clevrer"])

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModel
 
@@ -81,11 +82,12 @@ def publish(
         commit or the pull request, None after a dry run.
 
     Raises:
-        ValueError: the folder is no model or slot dataset, is damaged, or holds pickles.
+        ValueError: the folder is no model or slot dataset, is damaged, or holds pickles; repo_id is none.
         PermissionError: the token is missing or wrong, or may not write there.
         ConnectionError: the upload failed; the repository holds what it held before.
     """
     folder = Path(folder)
+    validate_repo_id(repo_id)
     with _operations(folder, repo_id, with_code) as (repo_type, contents, left_out):
         additions = [CommitOperationAdd(name, content) for name, content in sorted(contents.items())]
         sizes = {addition.path_in_repo: addition.upload_info.size for addition in additions}
@@ -99,9 +101,7 @@ def publish(
                 if revision is not None:
                     api.create_branch(**where, branch=revision, exist_ok=True)
                 present = set(api.list_repo_files(**where, revision=revision)) - set(contents)
-                stale = sorted(
-                    name for name in present if any(fnmatch(name, pattern) for pattern in _STALE[repo_type])
-                )
+                stale = sorted(name for name in present if _matches(name, _STALE[repo_type]))
                 commit = api.create_commit(
                     **where,
                     operations=[*additions, *map(CommitOperationDelete, stale)],
@@ -173,13 +173,14 @@ def _operations(folder: Path, repo_id: str, with_code: bool) -> Iterator[tuple[s
         yield "model", contents, sorted(names - set(contents))
 
 
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether a pattern fits; its * stands for part of a file's name, never for folders."""
+    return any(fnmatch(name, pattern) and name.count("/") == pattern.count("/") for pattern in patterns)
+
+
 def _contents(folder: Path, patterns: tuple[str, ...], repo_id: str) -> tuple[dict, list[str]]:
     files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    contents: dict = {
-        name: path
-        for name, path in files.items()
-        if any(fnmatch(name, pattern) and name.count("/") == pattern.count("/") for pattern in patterns)
-    }
+    contents: dict = {name: path for name, path in files.items() if _matches(name, patterns)}
     left_out = sorted(set(files) - set(contents))
     if "README.md" not in contents:
         contents["README.md"] = card(folder, repo_id).encode()
@@ -210,10 +211,10 @@ def _checked_model(folder: Path):
                 file.keys()
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged ({error}): copy or save it again") from None
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     try:
         model, problems = AutoModel.from_pretrained(
-            folder, config=config, use_safetensors=True, output_loading_info=True
+            folder, config=config, use_safetensors=True, output_loading_info=True, trust_remote_code=False
         )
     except RuntimeError as error:  # shapes
         raise ValueError(f"the weights in {folder} do not fit its config.json: {error}") from None
