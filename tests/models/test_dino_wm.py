@@ -253,6 +253,18 @@ def test_bfloat16_stays_close_and_keeps_the_statistics_exact():
     assert (predicted.float() - exact).abs().mean() < 0.05 * exact.abs().mean()
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_losses_and_gradients_under_autocast_stay_close(implementation):
+    model = tiny()
+    model.set_attn_implementation(implementation)
+    exact = model(**window(), **targets()).loss
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(**window(), **targets()).loss
+    loss.backward()
+    assert abs(loss.item() / exact.item() - 1) < 0.05
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
 def test_forward_and_rollout_compile_without_graph_breaks():
     model, inputs = tiny(), window()
     compiled = torch.compile(model, fullgraph=True, backend="eager")

@@ -107,7 +107,7 @@ class DinoWmAttention(nn.Module):
             query,
             key,
             value,
-            mask,
+            None if mask is None else mask.to(query.dtype),  # under autocast the states are wider
             dropout=self.config.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
             is_causal=False,
