@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from golden import golden_model, read
@@ -15,6 +16,7 @@ from cjepa_hf.imagination import (
     imagine,
     is_empty,
 )
+from cjepa_hf.simulators.collisions import sample_scene
 
 N, D = 4, 16
 EMPTY = torch.full((D,), 3.0)
@@ -180,6 +182,20 @@ def test_video_rollout_equals_the_released_128_to_160():
     model = golden_model(data, **config, num_attention_heads=4, intermediate_size=32, frame_skip=2)
     result = extend_video(model, data["inputs.slots"])  # the last 12 of the 128 frames are all that counts
     torch.testing.assert_close(result[:, 12:], data["outputs.imagined"], atol=5e-5, rtol=5e-4)
+
+
+def test_contacts_of_the_collision_world_are_found_in_time():
+    generator, contacts = np.random.default_rng(1), 0
+    for _ in range(4):
+        episode = sample_scene(generator).episode
+        positions = torch.tensor(episode.positions[:128])
+        count = positions.shape[1]
+        found = first_contact(positions.expand(count, -1, -1, -1), torch.arange(count), 0.7).tolist()
+        for k, object_id in enumerate(episode.ids):
+            true = [c.frame for c in episode.collisions if object_id in c.pair and c.frame < 128]
+            contacts += len(true[:1])
+            assert not true or 0 <= found[k] <= true[0]
+    assert contacts > 5
 
 
 def test_contacts_and_empty_slots_are_found():

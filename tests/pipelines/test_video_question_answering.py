@@ -4,8 +4,12 @@ import torch
 from transformers import pipeline
 
 from cjepa_hf import AloeConfig, AloeForVideoQuestionAnswering, AloeProcessor, CJepaConfig, CJepaModel
+from cjepa_hf.data.clevrer import scene_annotation, scene_predictions
 from cjepa_hf.imagination import Empty, extend_video, imagine
-from cjepa_hf.pipelines.video_question_answering import described_objects, question_type_of
+from cjepa_hf.pipelines.video_question_answering import described_objects, question_type_of, removed_object
+from cjepa_hf.simulators.collisions import sample_scene
+from cjepa_hf.simulators.questions import VideoTruth, make_questions
+from cjepa_hf.simulators.rendering import COLORS, MATERIALS, SHAPES
 from cjepa_hf.slot_probe import SlotProbe
 
 N, D, T, SEEN = 4, 16, 20, 5  # 5 of 20 observed frames are seen, 4 apart
@@ -224,6 +228,22 @@ def test_words_tell_types_and_objects():
     assert question_type_of("x", None) == "descriptive" and question_type_of("x", ["y"], "predictive") == "predictive"
     text = "The red metal cube's entrance, or the presence of the sphere"
     assert described_objects(text, ATTRIBUTES) == ["red metal cube", "sphere"]
+
+
+def test_types_and_objects_of_generated_questions_are_told_from_their_words():
+    attributes = {"color": COLORS, "material": MATERIALS, "shape": SHAPES}
+    generator, removals = np.random.default_rng(0), 0
+    for index in range(3):
+        scene = sample_scene(generator)
+        truth = VideoTruth(scene_annotation(scene, index), scene_predictions(scene, index))
+        for question in make_questions(truth, generator):
+            options = [choice["choice"] for choice in question.get("choices", ())] or None
+            assert question_type_of(question["question"], options) == question["question_type"]
+            assert all(described_objects(option, attributes) for option in options or ())
+            if question["question_type"] == "counterfactual":
+                words, removals = removed_object(question["question"]), removals + 1
+                assert set(words.split()) - {"object"} <= set(question["program"])
+    assert removals
 
 
 def test_model_processor_and_probe_are_loaded_from_folders(ask, parts, tmp_path):

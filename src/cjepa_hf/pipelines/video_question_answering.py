@@ -65,7 +65,8 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         branch: first imagined frame of counterfactual videos: a number, "start" (as soon as the world model has its
             history) or "contact" (when the removed object first comes within `contact_distance` of another one: until
             then nothing else has changed, so what was observed is true). Default: "contact" if `contact_distance` is given.
-        contact_distance: between centers, in the unit of the positions that the slot encoder or the probe tells.
+        contact_distance: between centers, in the unit of the positions that the slot encoder or the probe tells. Rather
+            too large (a few frames more are imagined) than too small (frames after an unnoticed contact count as true).
         empty_slot: [D], what a slot without object looks like; default: the probe's or the encoder's.
         num_future_frames (32), frame_skip (the world model's), match_slots (False): of the rollouts.
         seed (0): of encoders with random initial slots.
@@ -278,13 +279,7 @@ class VideoQuestionAnsweringPipeline(Pipeline):
             if isinstance(slot, bool) or not isinstance(slot, int) or not 0 <= slot < slots.shape[1]:
                 raise ValueError(f"removed_slot={slot!r} must be a number in 0 ... {slots.shape[1] - 1}")
             return slot
-        found = _REMOVED.search(question["question"])
-        if found is None:
-            raise ValueError(
-                f'{question["question"]!r} does not say which object is gone: expected "without the ..." or '
-                '"if the ... is removed", or removed_slot'
-            )
-        return find_slot(self.probe, slots, (found[1] or found[2]).strip())
+        return find_slot(self.probe, slots, removed_object(question["question"]))
 
     def _branches(self, slots, gone, branch, contact_distance, skip) -> torch.Tensor:
         """First imagined frame for each removed slot, int64 [R]; the video's length if there is nothing to imagine."""
@@ -408,6 +403,17 @@ def question_type_of(question: str, options: list[str] | None, given: str | None
             f"{given} questions have {'no options' if given == 'descriptive' else 'options'}: {question!r}"
         )
     return given
+
+
+def removed_object(question: str) -> str:
+    """The words for what a counterfactual question takes away: "What happens without the red cube?" -> "red cube"."""
+    found = _REMOVED.search(question)
+    if found is None:
+        raise ValueError(
+            f'{question!r} does not say which object is gone: expected "without the ..." or "if the ... is removed", or '
+            "removed_slot"
+        )
+    return (found[1] or found[2]).strip()
 
 
 def described_objects(text: str, attributes: Mapping[str, tuple[str, ...]]) -> list[str]:
