@@ -190,7 +190,7 @@ def test_contacts_of_the_collision_world_are_found_in_time():
         episode = sample_scene(generator).episode
         positions = torch.tensor(episode.positions[:128])
         count = positions.shape[1]
-        found = first_contact(positions.expand(count, -1, -1, -1), torch.arange(count), 0.7).tolist()
+        found = first_contact(positions.expand(count, -1, -1, -1), torch.arange(count), 0.75).tolist()
         for k, object_id in enumerate(episode.ids):
             true = [c.frame for c in episode.collisions if object_id in c.pair and c.frame < 128]
             contacts += len(true[:1])

@@ -333,7 +333,7 @@ def first_contact(
     Args:
         positions: [B, T, N, 2].
         slot: int64 [B], the object.
-        distance: in the unit of the positions, between centers. Somewhat above touching, so that no contact is late: 0.7
+        distance: in the unit of the positions, between centers. Somewhat above touching, so that no contact is late: 0.75
             in the collision world, whose spheres touch at 0.56 and cubes at up to 0.74.
         present: bool [B, T, N], where slots hold an object; others touch nothing. Leave out slots such as the background.
     """
