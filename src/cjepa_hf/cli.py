@@ -179,7 +179,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("file", help="the original file; it is read as data, nothing in it is run")
     sub.add_argument("--output-dir", required=True)
-    sub.add_argument("--config", help="config.json, a folder with one, or an entry of hub_configs (checkpoints)")
+    sub.add_argument("--config", help="config.json, a folder with one, or an entry of hub_configs")
     sub.add_argument("--actions", help="pickle of the same videos' actions (slots)")
     sub.add_argument("--proprio", help="pickle of their proprioception (slots)")
     sub.add_argument("--states", help="pickle of their states (slots)")
@@ -542,7 +542,24 @@ def convert(arguments, _) -> None:
     output = Path(arguments.output_dir)
     columns = {name: getattr(arguments, name) for name in ("actions", "proprio", "states")}
     if is_original_slots(arguments.file):
-        folder = convert_original_slots(arguments.file, **columns, output_dir=output, frame_skip=arguments.frame_skip)
+        entry = _slots_entry(arguments.config) if arguments.config else None
+        keywords = {"frame_skip": arguments.frame_skip}
+        if entry:
+            keywords["frame_skip"] = arguments.frame_skip or entry["dataset"]["frame_skip"]
+            keywords["encoder"] = {"name": entry["encoder"], "revision": None, "config_hash": None}
+        folder = convert_original_slots(arguments.file, **columns, output_dir=output, **keywords)
+        if entry:
+            made = json.loads((folder / "slot_dataset.json").read_text())
+            for name in ("num_slots", "slot_size"):
+                if made[name] != entry["dataset"][name]:
+                    raise ValueError(
+                        f"{arguments.file} has {name} {made[name]}, --config {arguments.config} {entry['dataset'][name]}: "
+                        f"the dataset in {folder} is whole, but not that one"
+                    )
+            from cjepa_hf.hub.cards import card
+
+            _write_text(folder / "source.json", json.dumps(entry, indent=2, ensure_ascii=False) + "\n")
+            _write_text(folder / "README.md", card(folder))
         print((folder / "slot_dataset.json").read_text() if arguments.json else f"Slots in {folder}")
         return
     if given := [f"--{name}" for name, value in columns.items() if value]:
@@ -563,6 +580,18 @@ def convert(arguments, _) -> None:
     size = sum(parameter.numel() for parameter in model.parameters())
     report = {"folder": str(output), "model_type": model.config.model_type, "num_parameters": size}
     print(json.dumps(report) if arguments.json else f"{type(model).__name__} ({size:,} parameters) in {output}")
+
+
+def _slots_entry(name: str) -> dict:
+    """source.json of the entry of a slot dataset."""
+    from cjepa_hf.hub.convert import hub_configs
+
+    path = hub_configs().get(name, Path(name)) / "source.json"
+    entry = json.loads(path.read_text()) if path.is_file() else {}
+    if "dataset" not in entry:
+        names = ", ".join(known for known in hub_configs() if known.endswith("-slots"))
+        raise ValueError(f"--config {name} is no slot dataset, and the file holds slots: give one of {names}")
+    return entry
 
 
 def write_card(arguments, _) -> None:

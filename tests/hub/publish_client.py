@@ -174,8 +174,8 @@ def load_slots(folder):
 def load_private(folder):
     from cjepa_hf import CJepaModel
 
-    net = CJepaModel.from_pretrained("tester/secret", use_safetensors=True)
-    return [predicted(net), message(CJepaModel.from_pretrained, "tester/secret", token=False, use_safetensors=True)]
+    refused = message(CJepaModel.from_pretrained, "tester/secret", token=False, use_safetensors=True)
+    return [predicted(CJepaModel.from_pretrained("tester/secret", use_safetensors=True)), refused]
 
 
 def load_in_vain(folder):

@@ -1,11 +1,13 @@
 """Every entry of hub_configs is complete, says what the paper says, and fits the released weights at full size."""
 
 import json
+import pickle
 import re
 import zipfile
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, AutoImageProcessor, AutoProcessor
@@ -13,6 +15,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoProcessor
 from cjepa_hf import bundled_checkpoint, convert_original_checkpoint
 from cjepa_hf.cli import main
 from cjepa_hf.hub import convert
+from cjepa_hf.hub.cards import card
 from cjepa_hf.hub.convert import ConversionError, config_file, hub_configs
 
 ROOT = Path(__file__).parents[2]
@@ -119,6 +122,25 @@ def test_from_the_released_file_to_what_would_be_published(tmp_path, capsys):
     files = json.loads(capsys.readouterr().out)["files"]
     assert set(files) == {"README.md", "config.json", "model.safetensors", "source.json"}
     assert files["README.md"] == (ROOT / "model_cards" / f"{name}.md").stat().st_size
+
+
+def test_released_slots_become_the_dataset_of_their_entry(tmp_path, capsys):
+    def file(slots):
+        splits = {"train": {"0_pixels.mp4": np.zeros((9, slots, 128), np.float32)}}
+        (tmp_path / f"{slots}.pkl").write_bytes(pickle.dumps(splits))
+        return ["convert", str(tmp_path / f"{slots}.pkl"), "--output-dir", str(tmp_path / f"made-{slots}")]
+
+    assert main([*file(7), "--config", "clevrer-savi-slots"]) == 0
+    made = tmp_path / "made-7"
+    described = json.loads((made / "slot_dataset.json").read_text())
+    assert described["frame_skip"] == 2 and described["encoder"]["name"] == "savi-clevrer"
+    assert "clevrer_savi_slots.pkl" in (made / "README.md").read_text()
+    capsys.readouterr()
+    assert main(["publish", str(made), "me/slots", "--dry-run", "--json"]) == 0
+    files = json.loads(capsys.readouterr().out)["files"]
+    assert files["README.md"] == len(card(made, "me/slots").encode()) and "source.json" in files
+    assert main([*file(4), "--config", "clevrer-savi-slots"]) == 2 and "num_slots 4" in capsys.readouterr().err
+    assert main([*file(7), "--config", "savi-clevrer"]) == 2 and "clevrer-savi-slots" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["videosaur-pusht", "savi-clevrer", "cjepa-clevrer-savi-2of7", "aloe-clevrer"])

@@ -182,6 +182,9 @@ def _contents(folder: Path, patterns: tuple[str, ...], repo_id: str) -> tuple[di
     files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     contents: dict = {name: path for name, path in files.items() if _matches(name, patterns)}
     left_out = sorted(set(files) - set(contents))
+    own = contents.get("README.md")
+    if own and "source.json" in contents and own.read_text(encoding="utf-8") == card(folder):
+        del contents["README.md"]  # written by `convert`, which does not know the name on the Hub
     if "README.md" not in contents:
         contents["README.md"] = card(folder, repo_id).encode()
     return contents, left_out
