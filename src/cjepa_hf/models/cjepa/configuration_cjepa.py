@@ -8,7 +8,6 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
 # Keys that transformers itself writes or passes beside the declared fields.
-# (The same list stands in every model's folder: a folder is exported alone, with its code.)
 _TRANSFORMERS_KEYS = {
     "model_type",
     "name_or_path",
@@ -26,6 +25,18 @@ _TRANSFORMERS_KEYS = {
     "per_layer_config",
     "tie_last_hidden_states",
 }
+
+
+def check_keys(config: PreTrainedConfig, given: dict) -> None:
+    """ValueError for the config of another model, and for keys that are no field; it names the nearest one."""
+    if given.get("model_type", config.model_type) != config.model_type:
+        raise ValueError(f"This is the config of a {given['model_type']!r} model; expected {config.model_type!r}.")
+    known = {field.name for field in fields(config)}
+    for key in given:
+        if key not in _TRANSFORMERS_KEYS:
+            nearest = difflib.get_close_matches(key, known, n=1)
+            hint = f" Did you mean {nearest[0]!r}?" if nearest else f" Fields: {', '.join(sorted(known))}."
+            raise ValueError(f"Unknown {type(config).__name__} field {key!r}.{hint}")
 
 
 @strict
@@ -113,19 +124,9 @@ class CJepaConfig(PreTrainedConfig):
     slot_encoder_config: dict | PreTrainedConfig | None = None
 
     def __post_init__(self, **kwargs):
-        if kwargs.get("model_type", self.model_type) != self.model_type:
-            raise ValueError(f"This is the config of a {kwargs['model_type']!r} model; expected {self.model_type!r}.")
-        known = {field.name for field in fields(self)}
-        for key in kwargs:
-            if key in _TRANSFORMERS_KEYS:
-                continue
-            if key == "hidden_size":
-                raise ValueError(
-                    "hidden_size is derived (slot_size, plus the embeddings with 'concat'): set slot_size."
-                )
-            nearest = difflib.get_close_matches(key, known, n=1)
-            hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-            raise ValueError(f"Unknown CJepaConfig field {key!r}.{hint}")
+        if "hidden_size" in kwargs:
+            raise ValueError("hidden_size is derived (slot_size, plus the embeddings with 'concat'): set slot_size.")
+        check_keys(self, kwargs)
         if self.action_embedding_size is None:
             self.action_embedding_size = self.slot_size if self.auxiliary_fusion == "tokens" else 10
         if self.proprio_embedding_size is None:

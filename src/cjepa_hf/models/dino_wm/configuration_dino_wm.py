@@ -1,25 +1,11 @@
 """Configuration of the autoregressive world model of DINO-WM and of the frozen encoder that makes its patch tokens."""
 
-import difflib
-from dataclasses import fields
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
-from ..cjepa.configuration_cjepa import _TRANSFORMERS_KEYS
-
-
-def _check_keys(config: PreTrainedConfig, given: dict) -> None:
-    """ValueError for keys that are no field; it names the nearest one."""
-    if given.get("model_type", config.model_type) != config.model_type:
-        raise ValueError(f"This is the config of a {given['model_type']!r} model; expected {config.model_type!r}.")
-    known = {field.name for field in fields(config)}
-    for key in given:
-        if key not in _TRANSFORMERS_KEYS:
-            nearest = difflib.get_close_matches(key, known, n=1)
-            hint = f" Did you mean {nearest[0]!r}?" if nearest else f" Fields: {', '.join(sorted(known))}."
-            raise ValueError(f"Unknown {type(config).__name__} field {key!r}.{hint}")
+from ..cjepa.configuration_cjepa import check_keys
 
 
 def _inner_config(name: str, value: dict | PreTrainedConfig | None) -> PreTrainedConfig | None:
@@ -98,7 +84,7 @@ class DinoWmConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if "hidden_size" in kwargs:
             raise ValueError("hidden_size is derived (slot_size plus the embeddings in use): set slot_size.")
-        _check_keys(self, kwargs)
+        check_keys(self, kwargs)
         self.slot_encoder_config = _inner_config("slot_encoder_config", self.slot_encoder_config)
         super().__post_init__(**kwargs)
         self._check_fields()
@@ -188,7 +174,7 @@ class PatchEncoderConfig(PreTrainedConfig):
     feature_size: int | None = None
 
     def __post_init__(self, **kwargs):
-        _check_keys(self, kwargs)
+        check_keys(self, kwargs)
         if self.backbone_config is None:
             # transformers builds a default of every config to compare with when it writes one
             self.backbone_config = AutoConfig.for_model(

@@ -1,30 +1,9 @@
 """Configuration of the stochastic SAVi slot encoder."""
 
-import difflib
-from dataclasses import fields
-
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-# Keys that transformers itself writes or passes beside the declared fields.
-# (The same list stands in every model's folder: a folder is exported alone, with its code.)
-_TRANSFORMERS_KEYS = {
-    "model_type",
-    "name_or_path",
-    "_name_or_path",
-    "_commit_hash",
-    "attn_implementation",
-    "_attn_implementation_internal",
-    "_experts_implementation_internal",
-    "experts_implementation",
-    "output_attentions",
-    "torch_dtype",
-    "num_labels",
-    "auto_map",
-    "custom_pipelines",
-    "per_layer_config",
-    "tie_last_hidden_states",
-}
+from ..cjepa.configuration_cjepa import check_keys
 
 
 @strict
@@ -93,12 +72,7 @@ class SaviConfig(PreTrainedConfig):
     kernel_loss_weight: float | int = 1e-4
 
     def __post_init__(self, **kwargs):
-        known = {field.name for field in fields(self)}
-        for key in kwargs:
-            if key not in _TRANSFORMERS_KEYS:
-                nearest = difflib.get_close_matches(key, known, n=1)
-                hint = f" Did you mean {nearest[0]!r}?" if nearest else f" Fields: {', '.join(sorted(known))}."
-                raise ValueError(f"Unknown SaviConfig field {key!r}.{hint}")
+        check_keys(self, kwargs)
         super().__post_init__(**kwargs)
         self._check_fields()
 

@@ -1,31 +1,11 @@
 """Configuration of the VideoSAUR slot encoder."""
 
-import difflib
-from dataclasses import fields
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import Dinov2Config, PreTrainedConfig
 
-# Keys that transformers itself writes or passes beside the declared fields.
-# (The same list stands in every model's folder: a folder is exported alone, with its code.)
-_TRANSFORMERS_KEYS = {
-    "model_type",
-    "name_or_path",
-    "_name_or_path",
-    "_commit_hash",
-    "attn_implementation",
-    "_attn_implementation_internal",
-    "_experts_implementation_internal",
-    "experts_implementation",
-    "output_attentions",
-    "torch_dtype",
-    "num_labels",
-    "auto_map",
-    "custom_pipelines",
-    "per_layer_config",
-    "tie_last_hidden_states",
-}
+from ..cjepa.configuration_cjepa import check_keys
 
 # DINOv2 ViT-S/14, as facebook/dinov2-small
 _DINOV2_SMALL = dict(hidden_size=384, num_attention_heads=6, image_size=518, patch_size=14)
@@ -110,14 +90,7 @@ class VideoSaurConfig(PreTrainedConfig):
     similarity_mask_diagonal: bool = False
 
     def __post_init__(self, **kwargs):
-        if kwargs.get("model_type", self.model_type) != self.model_type:
-            raise ValueError(f"This is the config of a {kwargs['model_type']!r} model; expected {self.model_type!r}.")
-        known = {field.name for field in fields(self)}
-        for key in kwargs:
-            if key not in _TRANSFORMERS_KEYS:
-                nearest = difflib.get_close_matches(key, known, n=1)
-                hint = f" Did you mean {nearest[0]!r}?" if nearest else f" Fields: {', '.join(sorted(known))}."
-                raise ValueError(f"Unknown VideoSaurConfig field {key!r}.{hint}")
+        check_keys(self, kwargs)
         backbone = self.backbone_config
         kind = (
             backbone.get("model_type", "dinov2") if isinstance(backbone, dict) else getattr(backbone, "model_type", "")
