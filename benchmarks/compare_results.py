@@ -29,19 +29,22 @@ def main() -> None:
     parser.add_argument("--first", nargs="+", required=True)
     parser.add_argument("--second", nargs="+", required=True)
     parser.add_argument("--row", default="default", help="which planner's rows (default: %(default)s)")
+    parser.add_argument("--second_row", help="of the second files, where it has another name")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
+    second_row = args.second_row or args.row
     if len(args.first) != len(args.second):
         parser.error(f"{len(args.first)} files against {len(args.second)}: give the same seeds of both")
     pairs, first, second = [], [], []
     for a, b in zip(args.first, args.second):
-        (protocol, x), (other, y) = successes(a, args.row), successes(b, args.row)
+        (protocol, x), (other, y) = successes(a, args.row), successes(b, second_row)
         if protocol != other:
             parser.error(f"{a} is of {protocol}, {b} of {other}")
         pairs.append({"first": a, "second": b, "rates": [success_rate(x), success_rate(y)], **paired_difference(x, y)})
         first, second = first + x, second + y
     together = {"rates": [success_rate(first), success_rate(second)], **paired_difference(first, second)}
-    write_result({"protocol": protocol, "row": args.row, "pairs": pairs, "together": together}, args.output)
+    rows = {"row": args.row} if second_row == args.row else {"row": args.row, "second_row": second_row}
+    write_result({"protocol": protocol, **rows, "pairs": pairs, "together": together}, args.output)
 
 
 if __name__ == "__main__":
