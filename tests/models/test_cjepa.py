@@ -341,10 +341,12 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     torch.testing.assert_close(*grads)
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("flags", [{}, OURS])
-def test_it_compiles_without_graph_breaks_in_training_and_inference(flags):
+def test_it_compiles_without_graph_breaks_in_training_and_inference(flags, dynamic):
+    torch._dynamo.reset()
     model = tiny(**flags)
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=dynamic)
     with torch.no_grad():
         torch.testing.assert_close(compiled(**window()).predicted_slots, model(**window()).predicted_slots)
     model.train()

@@ -265,13 +265,15 @@ def test_losses_and_gradients_under_autocast_stay_close(implementation):
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_forward_and_rollout_compile_without_graph_breaks():
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_forward_and_rollout_compile_without_graph_breaks(dynamic):
+    torch._dynamo.reset()
     model, inputs = tiny(), window()
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=dynamic)
     loss = model(**inputs, **targets()).loss
     torch.testing.assert_close(compiled(**inputs, **targets()).loss, loss)
     actions = torch.randn(2, 4, 3, 10)
-    rollout = torch.compile(model.rollout, fullgraph=True, backend="eager")
+    rollout = torch.compile(model.rollout, fullgraph=True, backend="eager", dynamic=dynamic)
     arguments = dict(actions=actions, proprio=inputs["proprio"][:, :1])
     torch.testing.assert_close(
         rollout(inputs["slots"][:, :1], **arguments).slots, model.rollout(inputs["slots"][:, :1], **arguments).slots

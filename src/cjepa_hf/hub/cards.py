@@ -77,7 +77,10 @@ def card(
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is neither a model (config.json) nor a slot dataset ({METADATA_FILE})")
     if results is None:
-        root = Path(__file__).parents[3]
+        # the root of a checkout; in an installed package, where the build puts the results
+        root = next(
+            (p for p in (Path(__file__).parents[3], Path(__file__).parents[1]) if (p / "benchmarks").is_dir()), Path()
+        )
         results = [root / path for path in source.get("results", [])]
     return _model_card(folder, repo_id, source, [Path(path) for path in results])
 

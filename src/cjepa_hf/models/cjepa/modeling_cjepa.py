@@ -758,10 +758,13 @@ class CJepaModel(SlotWorldModel):
             change = (slots - slots[:, :1]).float().square().mean(-1).sqrt().amax(dim=1)
             maskable = change > config.static_slot_tolerance
 
-        def uniform(*shape):
-            return torch.rand(*shape, device=device, generator=generator)
+        # named only where there is one: with it, drawing cannot be compiled for dynamic shapes
+        options = {"device": device} if generator is None else {"device": device, "generator": generator}
 
-        count = torch.randint(low, high + 1, (batch,), device=device, generator=generator)
+        def uniform(*shape):
+            return torch.rand(*shape, **options)
+
+        count = torch.randint(low, high + 1, (batch,), **options)
         count = torch.minimum(count, maskable.sum(-1))
         count = torch.where(uniform(batch) < config.mask_probability, count, 0)
 
@@ -774,7 +777,7 @@ class CJepaModel(SlotWorldModel):
         else:
             frame = torch.arange(span, device=device)
             for tube in range(high):
-                length = torch.randint(1, span + 1, (batch, 1), device=device, generator=generator)
+                length = torch.randint(1, span + 1, (batch, 1), **options)
                 start = (uniform(batch, 1) * (span - length + 1)).long()
                 slot_rank = _ranks(uniform(batch, num_slots).masked_fill(~maskable, 2.0))
                 # Fill span tokens in the order: inside the span, slot by slot; what does not fit spills next to it.

@@ -260,12 +260,16 @@ class DinoWmModel(SlotWorldModel):
 
         loss = history_loss = future_loss = proprio_loss = None
         if future_slots is not None:
-            future_slots = self._future("future_slots", future_slots, (batch, 1, num_slots, config.slot_size))
+            future_slots = self._future(
+                "future_slots", future_slots, (batch, 1, num_slots, config.slot_size), "(B, 1, N, D)"
+            )
             error = self._frame_errors(predicted_slots, slots, future_slots)
             loss, future_loss = error.mean(), error[-1]
             history_loss = error[:-1].mean() if steps > 1 else None
             if config.proprio_size and future_proprio is not None:
-                future_proprio = self._future("future_proprio", future_proprio, (batch, 1, config.proprio_size))
+                future_proprio = self._future(
+                    "future_proprio", future_proprio, (batch, 1, config.proprio_size), "(B, 1, P)"
+                )
                 # Every token carries the proprioception of its frame, and every token has to predict it.
                 predicted = tokens[..., config.slot_size : config.slot_size + config.proprio_embedding_size]
                 embedded = [self.embed_proprio(x).unsqueeze(2) for x in (proprio, future_proprio)]
@@ -280,8 +284,8 @@ class DinoWmModel(SlotWorldModel):
             predicted_proprio_embeddings=predicted_proprio,
         )
 
-    def _future(self, name: str, value: torch.Tensor, expected: tuple[int, ...]) -> torch.Tensor:
-        value = self._checked(name, value, expected[-1], str(expected), len(expected))
+    def _future(self, name: str, value: torch.Tensor, expected: tuple[int, ...], axes: str) -> torch.Tensor:
+        value = self._checked(name, value, expected[-1], axes, len(expected))
         if value.shape != expected:
             raise ValueError(f"{name} has shape {tuple(value.shape)}: expected {expected}.")
         return value
