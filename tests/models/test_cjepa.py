@@ -212,6 +212,16 @@ def test_dropout_drops_the_declared_share_and_keeps_the_mean(p):
     assert fast_dropout(x, p, training=False) is x
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("p", [1e-9, 0.1, 0.9])
+def test_dropout_of_any_type_and_share_keeps_or_drops(dtype, p):
+    torch.manual_seed(0)
+    y = fast_dropout(torch.ones(300, 101, dtype=dtype), p, training=True)
+    assert y.dtype == dtype and abs((y == 0).float().mean() - p) < 6e-3
+    expected = torch.tensor(1 / (1 - p), dtype=dtype)
+    torch.testing.assert_close(y[y != 0], expected.expand_as(y[y != 0]), rtol=1e-6, atol=0)
+
+
 def test_targets_give_no_gradient():
     model = tiny()
     inputs = window() | targets()
