@@ -162,6 +162,19 @@ def test_icem_colors_noise_over_raw_steps_inside_blocks():
         planner._noise(4, (1, 5, 9), None)
 
 
+@pytest.mark.parametrize("kind", [CEMPlanner, ICEMPlanner, MPPIPlanner])
+def test_held_steps_search_one_value_for_all_raw_actions_of_a_block(kind):
+    planner = kind(num_samples=200, num_iterations=12, num_elites=20, held_steps=5)
+    output = plan(planner, lambda actions: distance_to_targets(actions.unflatten(3, (5, 2)).mean(3)), action_size=10)
+    raw = output.actions.unflatten(2, (5, 2))
+    torch.testing.assert_close(raw, raw[:, :, :1].expand_as(raw))  # means of equal values, summed in other orders
+    assert (raw.mean(2) - TARGETS[:, None]).abs().max() < 0.25
+    with pytest.raises(ValueError, match="size 9 does not split into held_steps=5"):
+        plan(planner, action_size=9)
+    with pytest.raises(ValueError, match="held_steps must be at least 1"):
+        kind(held_steps=0)
+
+
 def test_mppi_does_not_depend_on_the_scale_of_the_cost():
     planner = PLANNERS[2]
     scaled = plan(planner, lambda actions: 1e-4 * distance_to_targets(actions))

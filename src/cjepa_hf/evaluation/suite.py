@@ -1,5 +1,6 @@
 """`cjepa-hf evaluate`: a world model, its planners and its controls on one frozen protocol."""
 
+import dataclasses
 import platform
 import re
 from collections.abc import Callable, Sequence
@@ -16,14 +17,14 @@ from cjepa_hf.evaluation.push_t import run_baseline, run_policy, select_tasks, s
 from cjepa_hf.models.cjepa import SlotWorldModel
 from cjepa_hf.planning.costs import SlotGoalCost
 from cjepa_hf.planning.mpc import MPCPolicy, default_policy
-from cjepa_hf.planning.planners import CEMPlanner
+from cjepa_hf.planning.planners import CEMPlanner, default_planner
 
 
 def make_policy(model: SlotWorldModel, text: str, *, image_processor=None, seed: int = 0) -> MPCPolicy:
     """
     The policy that a name describes: "default" ([`default_policy`]), "paper" (the paper's CEM, receding horizon, windows
     of the full history, slots matched throughout, patches never), or "cem:SAMPLESxITERATIONS:ELITES" (the default with
-    another CEM); "/receding", "/shrinking" and "/window=W" after it override single settings.
+    another CEM); "/receding", "/shrinking", "/window=W" and "/held=STEPS" after it override single settings.
     """
     name, *changes = text.split("/")
     options: dict[str, Any] = {}
@@ -44,8 +45,11 @@ def make_policy(model: SlotWorldModel, text: str, *, image_processor=None, seed:
             options["schedule"] = change
         elif re.fullmatch(r"window=\d+", change):
             options["window"] = int(change.removeprefix("window="))
+        elif re.fullmatch(r"held=\d+", change):
+            steps = int(change.removeprefix("held="))
+            options["planner"] = dataclasses.replace(options.get("planner") or default_planner(), held_steps=steps)
         else:
-            raise ValueError(f"planner {text!r}: {change!r} is not receding, shrinking or window=W.")
+            raise ValueError(f"planner {text!r}: {change!r} is not receding, shrinking, window=W or held=STEPS.")
     return default_policy(model, image_processor=image_processor, seed=seed, **options)
 
 

@@ -36,6 +36,9 @@ class CEMPlanner:
         var_scale: initial standard deviation, in units of the actions the cost takes (the original calls it a variance
             and uses it as a deviation).
         returns: "mean", or "best" for the cheapest plan seen.
+        held_steps: the A entries of an action are `held_steps` raw actions in a row, which share each draw of the noise
+            (1: every entry has its own). With `held_steps=frame_skip` a block of actions is searched as one push that
+            is held, in a space that many times smaller: fewer samples find better plans.
     """
 
     num_samples: int = 300
@@ -43,6 +46,7 @@ class CEMPlanner:
     num_elites: int = 30
     var_scale: float = 1.0
     returns: Literal["mean", "best"] = "mean"
+    held_steps: int = 1
 
     def __post_init__(self):
         if self.num_iterations < 1:
@@ -53,6 +57,8 @@ class CEMPlanner:
             raise ValueError(f"var_scale must be positive, got {self.var_scale}")
         if self.returns not in ("mean", "best"):
             raise ValueError(f'returns must be "mean" or "best", got {self.returns!r}')
+        if self.held_steps < 1:
+            raise ValueError(f"held_steps must be at least 1, got {self.held_steps}")
 
     def plan(self, cost_fn: CostFn, **kwargs) -> torch.Tensor:
         """The actions [B, H, A] of [`plan_with_info`], which takes the same arguments."""
@@ -85,11 +91,14 @@ class CEMPlanner:
             bounds: (low, high), broadcastable to [A], in the units of the actions; candidates are clamped to them.
 
         Raises:
-            ValueError: wrong shapes, or a task for which no candidate of an iteration has a finite cost.
+            ValueError: wrong shapes, an action size that `held_steps` does not divide, or a task for which no candidate of an iteration has a finite cost.
         """
         shape = (batch_size, horizon, action_size)
         if min(shape) < 1:
             raise ValueError(f"batch_size, horizon and action_size must be at least 1, got {shape}")
+        if action_size % self.held_steps:
+            raise ValueError(f"an action of size {action_size} does not split into held_steps={self.held_steps}")
+        noise_shape = (batch_size, horizon, action_size // self.held_steps)
         if initial is None:
             mean = torch.zeros(shape, device=device, dtype=dtype)
         else:
@@ -106,8 +115,8 @@ class CEMPlanner:
         kept = None
         best_actions, best_cost, history = mean, None, []
         for iteration in range(self.num_iterations):
-            noise = self._noise(self._sample_count(iteration), shape, generator).to(device=device, dtype=dtype)
-            candidates = mean.unsqueeze(1) + std.unsqueeze(1) * noise
+            noise = self._noise(self._sample_count(iteration), noise_shape, generator).to(device=device, dtype=dtype)
+            candidates = mean.unsqueeze(1) + std.unsqueeze(1) * noise.repeat(1, 1, 1, self.held_steps)
             candidates = self._insert(candidates, mean, kept, iteration)
             if bounds is not None:
                 candidates = candidates.clamp(*bounds)
@@ -163,8 +172,8 @@ class ICEMPlanner(CEMPlanner):
 
     Args:
         noise_beta: exponent of the noise's power spectrum over the plan (0 = white, 2 = random-walk-like).
-        steps_per_block: raw steps inside one action (frame_skip), to colour the noise over H * steps_per_block raw
-            steps; 1 colours it over the H actions.
+        steps_per_block: draws inside one action (frame_skip / held_steps), to colour the noise over H * steps_per_block
+            of them; 1 colours it over the H actions.
         num_kept_elites: elites of the last iteration that compete again.
         sample_decay: iteration i draws num_samples / sample_decay**i plans, at least 2 * num_elites.
         momentum: share of the old mean and deviation kept at every update.
@@ -199,7 +208,10 @@ class ICEMPlanner(CEMPlanner):
     def _noise(self, count: int, shape: tuple[int, int, int], generator: torch.Generator | None) -> torch.Tensor:
         batch, horizon, size = shape
         if size % self.steps_per_block:
-            raise ValueError(f"an action of size {size} does not split into steps_per_block={self.steps_per_block}")
+            raise ValueError(
+                f"an action of size {size} (without held steps) does not split into "
+                f"steps_per_block={self.steps_per_block}"
+            )
         steps = horizon * self.steps_per_block
         noise = colored_noise((batch, count, size // self.steps_per_block, steps), self.noise_beta, generator)
         return noise.movedim(-1, 2).reshape(batch, count, horizon, size)
