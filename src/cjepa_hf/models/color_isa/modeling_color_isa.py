@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
+from ..images import check_pixel_values
 from .configuration_color_isa import ColorIsaConfig
 
 _ROTATION_SEED = 2602  # one rotation for all models, so that their slots are comparable
@@ -579,31 +580,7 @@ class ColorIsaModel(ColorIsaPreTrainedModel):
 
     def _check_pixels(self, pixel_values):
         size = self.config.image_size
-        want = f"expected float [B, T, 3, {size}, {size}] or [B, 3, {size}, {size}], RGB in [0, 1]"
-        if not isinstance(pixel_values, torch.Tensor):
-            raise ValueError(f"pixel_values is a {type(pixel_values).__name__}; {want}. Use ColorIsaImageProcessor.")
-        shape = tuple(pixel_values.shape)
-        if not pixel_values.is_floating_point():
-            raise ValueError(
-                f"pixel_values has dtype {pixel_values.dtype}; {want}. Divide by 255, or use ColorIsaImageProcessor."
-            )
-        if len(shape) not in (4, 5):
-            raise ValueError(f"pixel_values has shape {shape}; {want}. A single image needs a batch axis.")
-        if shape[-3] != 3:
-            hint = "Channels come last here: permute them before height and width." if shape[-1] == 3 else ""
-            raise ValueError(f"pixel_values has shape {shape}; {want}. {hint or 'Convert the images to RGB.'}")
-        if shape[-2:] != (size, size):
-            raise ValueError(f"pixel_values has shape {shape}; {want}. Resize with ColorIsaImageProcessor.")
-        if 0 in shape:
-            raise ValueError(f"pixel_values has shape {shape}: no frames.")
-        if torch.compiler.is_compiling():
-            return
-        low, high = (float(v) for v in pixel_values.detach().aminmax())
-        if not (low >= -0.01 and high <= 1.01):
-            raise ValueError(
-                f"pixel_values range from {low:.4g} to {high:.4g}; {want}. Divide 0-255 images by 255; drop frames "
-                "with NaN."
-            )
+        check_pixel_values(pixel_values, size, "ColorIsaImageProcessor", "RGB in [0, 1]", -0.01, 1.01, images=True)
 
     def _check_slots(self, slots):
         if slots.dim() < 2 or slots.shape[-1] != self.config.slot_size:

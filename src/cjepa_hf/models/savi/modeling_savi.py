@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
+from ..images import check_pixel_values
 from .configuration_savi import SaviConfig
 
 
@@ -322,7 +323,7 @@ class SaviModel(SaviPreTrainedModel):
                 "generator, sample, return_loss and chunk_size."
             )
         config = self.config
-        self._check_pixels(pixel_values)
+        check_pixel_values(pixel_values, self.config.image_size, "SaviImageProcessor", "RGB in [-1, 1]", -1.01, 1.01)
         batch = len(pixel_values)
         if chunk_size < 1:
             raise ValueError(f"chunk_size={chunk_size} must be at least 1.")
@@ -459,33 +460,6 @@ class SaviModel(SaviPreTrainedModel):
             output.kernel_loss = (0.5 * (log_ratio.exp() - log_ratio - 1)).sum(dim=-1).mean()
             output.loss = output.loss + config.kernel_loss_weight * output.kernel_loss
         return output
-
-    def _check_pixels(self, pixel_values):
-        size = self.config.image_size
-        want = f"expected float [B, T, 3, {size}, {size}], RGB in [-1, 1]"
-        if not isinstance(pixel_values, torch.Tensor):
-            raise ValueError(f"pixel_values is a {type(pixel_values).__name__}; {want}. Use SaviImageProcessor.")
-        shape = tuple(pixel_values.shape)
-        if not pixel_values.is_floating_point():
-            raise ValueError(f"pixel_values has dtype {pixel_values.dtype}; {want}. Use SaviImageProcessor.")
-        if len(shape) != 5:
-            raise ValueError(
-                f"pixel_values has shape {shape}; {want}. One video needs a batch axis, a frame also T = 1."
-            )
-        if shape[-3] != 3:
-            hint = "Channels come last here: permute them before height and width." if shape[-1] == 3 else ""
-            raise ValueError(f"pixel_values has shape {shape}; {want}. {hint or 'Convert the images to RGB.'}")
-        if shape[-2:] != (size, size):
-            raise ValueError(f"pixel_values has shape {shape}; {want}. Resize with SaviImageProcessor.")
-        if 0 in shape:
-            raise ValueError(f"pixel_values has shape {shape}: no frames.")
-        if torch.compiler.is_compiling():
-            return
-        low, high = (float(v) for v in pixel_values.detach().aminmax())
-        if not (low >= -1.01 and high <= 1.01):
-            raise ValueError(
-                f"pixel_values range from {low:.4g} to {high:.4g}; {want}. Use SaviImageProcessor; drop frames with NaN."
-            )
 
 
 __all__ = ["SaviDecoderOutput", "SaviModel", "SaviOutput", "SaviPreTrainedModel", "SaviState"]

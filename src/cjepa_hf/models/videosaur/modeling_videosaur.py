@@ -20,6 +20,7 @@ from transformers import AutoConfig, Dinov2Model, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput, logging
 
+from ..images import check_pixel_values
 from .configuration_videosaur import VideoSaurConfig
 
 logger = logging.get_logger(__name__)
@@ -365,7 +366,7 @@ class VideoSaurModel(VideoSaurPreTrainedModel):
             config.intermediate_size,
             residual_scale=config.residual_scale,
         )
-        self.decoder = VideoSaurDecoder(config)
+        self.decoder = VideoSaurDecoder(config) if config.use_decoder else None
         self.backbone.requires_grad_(False)
         self.post_init()
 
@@ -428,7 +429,8 @@ class VideoSaurModel(VideoSaurPreTrainedModel):
             [`VideoSaurOutput`].
 
         Raises:
-            ValueError: wrong shape, channel order, dtype or range, NaN, or arguments that exclude each other.
+            ValueError: wrong shape, channel order, dtype or range, NaN, arguments that exclude each other, or losses of a
+                model without decoder.
         """
         if kwargs.keys() - {"return_dict", "output_attentions", "output_hidden_states"}:
             raise ValueError(
@@ -439,6 +441,8 @@ class VideoSaurModel(VideoSaurPreTrainedModel):
         if chunk_size < 1:
             raise ValueError(f"chunk_size={chunk_size} must be at least 1.")
         batch_size, steps = pixel_values.shape[:2]
+        if return_loss:
+            self._check_decoder()
         if return_loss and steps <= self.config.similarity_time_shift:
             raise ValueError(
                 f"pixel_values has {steps} frames; the losses compare frames {self.config.similarity_time_shift} apart: "
@@ -501,7 +505,12 @@ class VideoSaurModel(VideoSaurPreTrainedModel):
         return self.initializer(batch_size, noise)
 
     def decode(self, slots: torch.Tensor) -> VideoSaurDecoderOutput:
-        """Reconstruct the features of frames from their slots [..., N, D]; see [`VideoSaurDecoderOutput`]."""
+        """Reconstruct the features of frames from their slots [..., N, D]; see [`VideoSaurDecoderOutput`].
+
+        Raises:
+            ValueError: slots of another shape, or a model without decoder.
+        """
+        self._check_decoder()
         if slots.dim() < 2 or slots.shape[-1] != self.config.slot_size:
             raise ValueError(f"slots have shape {tuple(slots.shape)}; expected [..., N, {self.config.slot_size}].")
         leading = slots.shape[:-2]
@@ -549,6 +558,13 @@ class VideoSaurModel(VideoSaurPreTrainedModel):
         """[..., N, P] -> [..., N, H', W'] in the model's dtype."""
         return masks.unflatten(-1, (self.config.mask_size, self.config.mask_size)).to(self.dtype)
 
+    def _check_decoder(self):
+        if self.decoder is None:
+            raise ValueError(
+                "This model has no decoder (use_decoder=False), which losses and reconstructions need: load an encoder "
+                "that has one, such as the VideoSAUR checkpoint that the world model was trained with."
+            )
+
     def _checked_slots(self, name, slots, batch_size):
         want = f"expected float [{batch_size}, N, {self.config.slot_size}]"
         if not isinstance(slots, torch.Tensor) or not slots.is_floating_point():
@@ -559,39 +575,11 @@ class VideoSaurModel(VideoSaurPreTrainedModel):
         return slots.to(self.output_transform.fc2.weight)
 
     def _check_pixels(self, pixel_values):
-        size = self.config.image_size
-        want = f"expected float [B, T, 3, {size}, {size}], normalized RGB"
-        if not isinstance(pixel_values, torch.Tensor):
-            raise ValueError(f"pixel_values is a {type(pixel_values).__name__}; {want}. Use VideoSaurImageProcessor.")
-        shape = tuple(pixel_values.shape)
-        if not pixel_values.is_floating_point():
-            raise ValueError(f"pixel_values has dtype {pixel_values.dtype}; {want}. Use VideoSaurImageProcessor.")
-        if len(shape) != 5:
-            hint = (
-                " Add a batch axis: pixel_values[None], or give the processor a list of clips."
-                if len(shape) == 4
-                else ""
-            )
-            raise ValueError(f"pixel_values has shape {shape}; {want}.{hint}")
-        if shape[-3] != 3:
-            hint = "Channels come last here: permute them before height and width." if shape[-1] == 3 else ""
-            raise ValueError(f"pixel_values has shape {shape}; {want}. {hint or 'Convert the frames to RGB.'}")
-        if shape[-2:] != (size, size):
-            raise ValueError(
-                f"pixel_values has shape {shape}; {want}. Resize with VideoSaurImageProcessor(size={size})."
-            )
-        if 0 in shape:
-            raise ValueError(f"pixel_values has shape {shape}: no frames.")
-        if torch.compiler.is_compiling():
-            return
-        low, high = (float(v) for v in pixel_values.detach().aminmax())
         # Normalized images stay within 3, and the noise of a test within 6.
-        if not (low >= -10 and high <= 10):
-            raise ValueError(
-                f"pixel_values range from {low:.4g} to {high:.4g}; {want}. Use VideoSaurImageProcessor for 0-255 images; "
-                "drop frames with NaN."
-            )
-        if low >= 0 and high <= 1:
+        found = check_pixel_values(
+            pixel_values, self.config.image_size, "VideoSaurImageProcessor", "normalized RGB", -10, 10
+        )
+        if found is not None and found[0] >= 0 and found[1] <= 1:
             logger.warning_once(
                 "All pixel_values are in [0, 1]: they do not seem to be normalized. Use VideoSaurImageProcessor."
             )
