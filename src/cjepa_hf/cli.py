@@ -87,14 +87,16 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("extract", extract, "Turn videos or episodes into a slot dataset with a slot encoder (resumable).")
     sub.add_argument("source", help="video files, folders of them, tar shards, HDF5, collected episodes, or a Hub id")
     sub.add_argument(
-        "--encoder", required=True, help="folder or Hub id of a slot encoder, or of a CJepaModel with one"
-    )
+        "--encoder", required=True,
+        help="folder or Hub id of a slot encoder, or of a CJepaModel with one; state: the true states of collision scenes",
+    )  # fmt: skip
     sub.add_argument("--output-dir", required=True)
     sub.add_argument("--batch-size", type=int, default=64, help="frames per pass (default: %(default)s)")
     sub.add_argument("--dtype", choices=["float32", "float16"], default="float32", help="(default: %(default)s)")
-    sub.add_argument("--frame-skip", type=int, default=5, help="suggested for windows (default: %(default)s)")
+    sub.add_argument("--frame-skip", type=int, help="suggested for windows (default: 5; of collision states 4)")
     sub.add_argument("--num-frames", type=int, help="stop after this many frames per split, in whole episodes")
     sub.add_argument("--splits", nargs="+", help="only these (default: all)")
+    sub.add_argument("--velocities", action="store_true", help="--encoder state: velocities in the slots too")
     sub.add_argument("--num-videos", type=int, default=8, help="per pass, encoders with memory (default: %(default)s)")
     sub.add_argument("--seed", type=int, default=0, help="of random initial slots (default: %(default)s)")
     sub.add_argument(
@@ -306,6 +308,12 @@ def collect(arguments, _) -> None:
 def extract(arguments, _) -> None:
     from cjepa_hf.data.extract import extract_slots, push_slots
 
+    if arguments.encoder == "state":
+        folder = _extract_states(arguments)
+        print((folder / "slot_dataset.json").read_text() if arguments.json else f"Slots in {folder}")
+        return
+    if arguments.velocities:
+        raise ValueError("--velocities belongs to --encoder state: a slot encoder sees what it sees")
     is_first = int(os.environ.get("RANK", 0)) == 0  # of the processes that `accelerate launch` starts
     if arguments.preview and is_first:
         from cjepa_hf.evaluation.preview import write_previews
@@ -322,7 +330,7 @@ def extract(arguments, _) -> None:
         arguments.output_dir,
         batch_size=arguments.batch_size,
         dtype=arguments.dtype,
-        frame_skip=arguments.frame_skip,
+        frame_skip=arguments.frame_skip or 5,
         num_frames=arguments.num_frames,
         splits=arguments.splits,
         num_videos=arguments.num_videos,
@@ -338,6 +346,23 @@ def extract(arguments, _) -> None:
     print((folder / "slot_dataset.json").read_text() if arguments.json else f"Slots in {folder}")
     if address and not arguments.json:
         print(f"Uploaded to {address}")
+
+
+def _extract_states(arguments) -> Path:
+    from cjepa_hf.data.state_slots import write_state_slots
+
+    for name in ("preview", "push_to_hub"):
+        if getattr(arguments, name):
+            raise ValueError(f"--{name.replace('_', '-')} needs a slot encoder, and --encoder state is none")
+    return write_state_slots(
+        arguments.source,
+        arguments.output_dir,
+        splits=arguments.splits,
+        frame_skip=arguments.frame_skip or 4,
+        velocities=arguments.velocities,
+        num_frames=arguments.num_frames,
+        progress=not arguments.json,
+    )
 
 
 def _print_preview(seen: dict, folder: Path) -> None:
