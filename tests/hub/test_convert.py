@@ -17,12 +17,14 @@ from cjepa_hf.data.slots import load_slot_dataset
 from cjepa_hf.hub.convert import ConversionError
 from cjepa_hf.models.savi import SaviConfig, SaviModel
 from cjepa_hf.models.videosaur import VideoSaurConfig, VideoSaurModel
+from cjepa_hf.planning import SlotGoalCost
 
 DATA = Path(__file__).parents[1] / "data"
 # the look-alike CLEVRER predictor
 CLEVRER = dict(num_slots=7, slot_size=32, history_length=6, prediction_length=10, num_masked_slots=4, frame_skip=2)
 CLEVRER |= dict(num_hidden_layers=2, num_attention_heads=4, intermediate_size=16)
 DINOV2 = dict(hidden_size=12, num_hidden_layers=12, num_attention_heads=3, image_size=70, patch_size=14)
+TOLERANCE = dict(atol=1e-5, rtol=1e-5)
 VIDEOSAUR = dict(num_slots=4, slot_size=16, image_size=42, backbone_config=DINOV2, renderer_size=16)
 SAVI = dict(num_slots=4, slot_size=16, slot_mlp_size=32, encoder_channels=(8,) * 4, decoder_channels=(8,) * 4)
 
@@ -108,8 +110,15 @@ def test_a_pickled_world_model_says_itself_what_it_is(push_t, tmp_path):
     assert (config.history_length, config.prediction_length, config.frame_skip) == (3, 1, 5)
     assert (config.action_size, config.proprio_size, config.auxiliary_fusion) == (10, 4, "tokens")
     assert config.num_masked_slots == 1 and model.action_std.tolist() == [2.0] * 10 and model.proprio_std.isnan().all()
+    expected = load_file(DATA / "original_world_model.safetensors")
+    found = released(
+        {key: t for key, t in model.state_dict().items() if key.startswith(("predictor", "action_e", "proprio_e"))}
+    )
+    assert set(found) == set(expected) and all(
+        torch.equal(found[key], expected[key].view_as(found[key])) for key in found
+    )
     encoder = model.slot_encoder
-    assert isinstance(encoder, VideoSaurModel) and encoder.config.num_slots == 4
+    assert isinstance(encoder, VideoSaurModel) and encoder.config.num_slots == 4 and encoder.decoder is None
     assert encoder.config.first_frame_iterations == 3 and encoder.config.image_size == 196
     with torch.no_grad():
         rollout = model.rollout(torch.zeros(1, 1, 4, 32), actions=torch.zeros(1, 3, 10), proprio=torch.zeros(1, 1, 4))
@@ -173,36 +182,57 @@ def test_a_file_that_is_not_whole_is_refused(clevrer, tmp_path, change):
         convert_original_checkpoint(tmp_path / "changed.ckpt", CJepaConfig(**CLEVRER))
 
 
-def test_a_world_model_with_concatenated_auxiliaries(tmp_path):
-    """A model of ours under the released names comes back as it was."""
-    source = CJepaModel(
-        CJepaConfig(
-            num_slots=4, slot_size=24, action_size=10, proprio_size=4, auxiliary_fusion="concat", action_embedding_size=4,
-            proprio_embedding_size=4, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
-        )
-    )  # fmt: skip
+def released(state):
+    """Tensors of our world model under the names, and in the shapes, of the released code's."""
     names = {"time_embedding": "time_pos_embed", "anchor_projection": "id_projector", "head": "to_out"}
     names |= {"attention.qkv.": "0.in_proj_", "attention.out_proj": "0.out_proj", "mlp.norm": "1.0", "mlp.fc1": "1.1"}
     names |= {"mlp.fc2": "1.4", "predictor.norm": "predictor.transformer.norm", ".layers.": ".transformer.layers."}
     names |= {"_embedding.": "_encoder.patch_embed."}
-    state = {}
-    for key, tensor in source.state_dict().items():
-        if key.endswith(("_mean", "_std")):
-            continue
+    result = {}
+    for key, tensor in state.items():
         for ours, theirs in names.items():
             key = key.replace(ours, theirs)
         if key.endswith("patch_embed.weight"):
             tensor = tensor[..., None]
-        state[f"model.{key}"] = tensor[None, :, None] if key.endswith("time_pos_embed") else tensor
-    torch.save(state, tmp_path / "world.ckpt")
-    model = convert_original_checkpoint(tmp_path / "world.ckpt", source.config)
-    for name, tensor in source.state_dict().items():
-        assert torch.equal(model.state_dict()[name], tensor) or tensor.isnan().all(), name
-    with pytest.raises(ConversionError, match="auxiliary_fusion"):
-        convert_original_checkpoint(
-            tmp_path / "world.ckpt",
-            CJepaConfig(slot_size=32, action_size=10, proprio_size=4, num_hidden_layers=2, intermediate_size=64),
+        result[f"model.{key}"] = tensor[None, :, None] if key.endswith("time_pos_embed") else tensor
+    return result
+
+
+@pytest.mark.parametrize("fusion", ["tokens", "concat"])
+@pytest.mark.parametrize("observed", ["nobs1", "nobs3"])
+def test_a_world_model_imagines_and_costs_what_was_recorded(tmp_path, fusion, observed):
+    data = load_file(DATA / f"planning_{fusion}.safetensors")
+    state = {key.removeprefix("weights."): t.float() for key, t in data.items() if key.startswith("weights.")}
+    torch.save(released(state), tmp_path / "world.ckpt")
+    sizes = dict(num_hidden_layers=2, intermediate_size=64, action_size=10, proprio_size=4, auxiliary_fusion=fusion)
+    if fusion == "tokens":
+        sizes |= dict(slot_size=32, num_attention_heads=16)
+    else:
+        sizes |= dict(slot_size=24, num_attention_heads=4, action_embedding_size=4, proprio_embedding_size=4)
+    model = reloaded(convert_original_checkpoint(tmp_path / "world.ckpt", CJepaConfig(**sizes)), tmp_path / "model")
+    want = {key.removeprefix(f"{observed}."): tensor for key, tensor in data.items()}
+    with torch.no_grad():
+        imagined = model.rollout(
+            want["pixels"], actions=want["action_candidates"], proprio=want["proprio"], match_slots=True
         )
+        goal = want["goal"][:, -1], model.embed_proprio(want["goal_proprio"][:, -1])
+        cost = SlotGoalCost()(imagined.slots, imagined.proprio_embeddings, *goal)
+    torch.testing.assert_close(imagined.slots, want["slots"], **TOLERANCE)
+    torch.testing.assert_close(cost, want["cost"], **TOLERANCE)
+    other = dict(num_hidden_layers=2, intermediate_size=64, action_size=10, proprio_size=4, num_attention_heads=4)
+    other |= dict(slot_size=24, auxiliary_fusion="tokens" if fusion == "concat" else "concat")
+    with pytest.raises(ConversionError, match="auxiliary_fusion"):
+        convert_original_checkpoint(tmp_path / "world.ckpt", CJepaConfig(**other))
+
+
+def test_a_clevrer_predictor_computes_the_recorded_frames(tmp_path):
+    data = load_file(DATA / "cjepa_clevrer.safetensors")
+    torch.save(weights("cjepa_clevrer.safetensors"), tmp_path / "predictor.ckpt")
+    config = CJepaConfig(**(CLEVRER | dict(num_masked_slots=2, intermediate_size=64)))
+    model = reloaded(convert_original_checkpoint(tmp_path / "predictor.ckpt", config), tmp_path / "model")
+    with torch.no_grad():
+        future = model.predict(data["inputs.slots"])
+    torch.testing.assert_close(future, data["outputs.mask2.inference"], atol=5e-5, rtol=1e-4)
 
 
 def test_videosaur_computes_the_recorded_slots(tmp_path):
@@ -218,6 +248,26 @@ def test_videosaur_computes_the_recorded_slots(tmp_path):
         convert_original_checkpoint(tmp_path / "v.ckpt", VideoSaurConfig(**VIDEOSAUR, backbone_features="before_norm"))
     with pytest.raises(ConversionError, match="videosaur-pusht"):
         convert_original_checkpoint(tmp_path / "v.ckpt")
+
+
+def test_videosaur_without_its_decoder(tmp_path):
+    """Slots need none; what needs it says so; nothing is made up where the file holds none."""
+    data, state = load_file(DATA / "original_videosaur.safetensors"), weights("original_videosaur.safetensors")
+    config = VideoSaurConfig(**VIDEOSAUR, use_decoder=False)
+    without = {key: tensor for key, tensor in state.items() if not key.startswith("decoder.")}
+    for name, tensors in (("whole", state), ("part", without)):
+        torch.save({"state_dict": tensors}, tmp_path / f"{name}.ckpt")
+        model = reloaded(convert_original_checkpoint(tmp_path / f"{name}.ckpt", config), tmp_path / name)
+        assert not [key for key in model.state_dict() if key.startswith("decoder")]
+        with torch.no_grad():
+            slots = model(data["inputs.video"], initial_slots=model.initializer(1, data["inputs.noise"])).slots
+        torch.testing.assert_close(slots, data["outputs.state"], atol=2e-5, rtol=1e-4)
+        with pytest.raises(ValueError, match="use_decoder"):
+            model.decode(slots)
+        with pytest.raises(ValueError, match="use_decoder"):
+            model(data["inputs.video"], return_loss=True)
+    with pytest.raises(ConversionError, match="use_decoder=True"):
+        convert_original_checkpoint(tmp_path / "part.ckpt", VideoSaurConfig(**VIDEOSAUR))
 
 
 def test_upstream_videosaur_with_timm_names_becomes_the_same_backbone(tmp_path):
@@ -281,7 +331,7 @@ def test_savi_computes_the_recorded_slots(tmp_path, monkeypatch):
         convert_original_checkpoint(tmp_path / "s.pth", SaviConfig(**(SAVI | {"image_size": 32})))
 
 
-def test_aloe_keeps_every_tensor_and_checks_the_constants(tmp_path):
+def test_aloe_computes_the_recorded_logits_and_its_constants_are_checked(tmp_path):
     config = cjepa_hf.AloeConfig(
         num_slots=7, slot_size=64, num_frames=25, hidden_size=72, num_hidden_layers=3, num_attention_heads=4,
         intermediate_size=128, answer_hidden_size=64,
@@ -296,6 +346,19 @@ def test_aloe_keeps_every_tensor_and_checks_the_constants(tmp_path):
     key = "transformer_model.transformer_encoder.layers.2.self_attn.in_proj_weight"
     assert torch.equal(model.layers[2].attention.qkv.weight, state[key])
     assert torch.equal(model.option_head.fc2.weight, state["transformer_model.mc_answer_mlp.2.weight"])
+    data, rows = load_file(DATA / "aloe.safetensors"), torch.tensor([1, 4, 5, 6])  # a description, three options
+    ids, padding = (
+        torch.cat([data[f"inputs.{kind}_{name}"] for kind in ("cls", "mc")])[rows]
+        for name in ("q_tokens", "q_pad_mask")
+    )
+    slots = torch.cat([data["inputs.cls_video_emb"], data["inputs.mc_video_emb"]]).float()
+    with torch.no_grad():
+        output = model(
+            slots, ids.long(), ~padding, is_option=torch.tensor([False, True, True, True]),
+            video_index=torch.tensor([0, 1, 1, 1]),
+        )  # fmt: skip
+    torch.testing.assert_close(output.answer_logits[:1], data["outputs.cls_answer_logits"][1:2], **TOLERANCE)
+    torch.testing.assert_close(output.option_logits[1:], data["outputs.mc_answer_logits"][:3], **TOLERANCE)
     state["transformer_model.cls_token"] = torch.tensor([1.0, 1.0])
     torch.save({"state_dict": state}, tmp_path / "a.pth")
     with pytest.raises(ConversionError, match="cls_token"):

@@ -215,11 +215,11 @@ def _need_config(kind: str, unknown: str) -> ConversionError:
     )
 
 
-def _loaded(model: PreTrainedModel, tensors: dict[str, tuple[str, torch.Tensor]], fresh: Callable[[str], bool]):
-    """`model` with the tensors {our name: (original name, tensor)}; all of both must be used, except `fresh` names."""
+def _loaded(model: PreTrainedModel, tensors: dict[str, tuple[str, torch.Tensor]], fresh: tuple[str, ...] = ()):
+    """`model` with the tensors {our name: (original name, tensor)}; all of both must be used, except the names `fresh`."""
     state = model.state_dict()
     unused = [original for name, (original, _) in tensors.items() if name not in state]
-    missing = [name for name in state if name not in tensors and not fresh(name)]
+    missing = [name for name in state if name not in tensors and name not in fresh]
     if unused or missing:
         parts = []
         if unused:
@@ -375,14 +375,8 @@ def _convert_cjepa(tensors, modules, config, statistics):
         logger.warning(
             f"{len(encoder_tensors)} tensors of the encoder are left out: config.slot_encoder_config is None."
         )
-    model = _built(_class("cjepa", 2), config)
-
-    def fresh(name):
-        return name in ("action_mean", "action_std", "proprio_mean", "proprio_std") or (
-            name.startswith("slot_encoder.decoder.")
-        )
-
-    model = _loaded(model, names, fresh)
+    fresh = ("action_mean", "action_std", "proprio_mean", "proprio_std")
+    model = _loaded(_built(_class("cjepa", 2), config), names, fresh)
     if statistics:
         try:
             model.set_statistics(**statistics)
@@ -505,6 +499,14 @@ def _videosaur_names(tensors: dict, config, prefix: str = "") -> dict[str, tuple
             f"it was trained on backbone features {wanted!r} ({'upstream' if timm else 'C-JEPA'} VideoSAUR), the "
             f"configuration says {config.backbone_features!r}: its slots would be wrong. Set backbone_features={wanted!r}."
         )
+    has_decoder = any(key.startswith("decoder.") for key in tensors)
+    if config.use_decoder and not has_decoder:
+        raise ConversionError(
+            "it holds no decoder, the configuration says use_decoder=True. Set it to False: slots do not need the decoder."
+        )
+    if has_decoder and not config.use_decoder:
+        logger.warning("The decoder of the file is left out: the configuration says use_decoder=False.")
+        tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith("decoder.")}
     names = _renamed({key: t for key, t in tensors.items() if not key.startswith(upstream)}, _videosaur_name, prefix)
     if not timm:
         return names
@@ -534,14 +536,7 @@ def _videosaur_names(tensors: dict, config, prefix: str = "") -> dict[str, tuple
 def _convert_videosaur(tensors, modules, config, statistics):
     if config is None:
         raise _need_config("videosaur", "the number of slots, of attention heads and of iterations")
-    names = _videosaur_names(tensors, config)
-    without_decoder = not any(name.startswith("decoder.") for name in names)
-    if without_decoder:
-        logger.warning(
-            "The file holds no decoder: its weights are zero, slots cannot be drawn and training starts anew."
-        )
-    model = _built(_class("videosaur", 2), config)
-    return _loaded(model, names, lambda name: without_decoder and name.startswith("decoder."))
+    return _loaded(_built(_class("videosaur", 2), config), _videosaur_names(tensors, config))
 
 
 def _videosaur_config(modules: dict, image_size: int | None):
@@ -579,6 +574,7 @@ def _videosaur_config(modules: dict, image_size: int | None):
         use_mlp=f"{corrector}.mlp" in modules,
         num_predictor_layers=len(blocks),
         num_attention_heads=known("processor.module.predictor.blocks.0.self_attn", "num_heads"),
+        use_decoder=False,  # no world model holds one
         intermediate_size=known("processor.module.predictor.blocks.0.linear1", "out_features"),
     )
 
@@ -604,7 +600,7 @@ def _convert_savi(tensors, modules, config, statistics):
         for k, t in tensors.items()
         if not k.endswith("_pos_embedding.grid") and not k.startswith("prior_slot_layer.")
     }
-    return _loaded(_built(_class("savi", 2), config), _renamed(used, str), lambda name: False)
+    return _loaded(_built(_class("savi", 2), config), _renamed(used, str))
 
 
 _aloe_name = _substituted(
@@ -637,7 +633,7 @@ def _convert_aloe(tensors, modules, config, statistics):
         flag = tensors.pop(key, None)
         if flag is not None and flag.tolist() != expected:
             raise ConversionError(f"its {key} is {flag.tolist()[:4]}, the released code's is {expected}.")
-    return _loaded(_built(_class("aloe", 2), config), _renamed(tensors, _aloe_name), lambda name: False)
+    return _loaded(_built(_class("aloe", 2), config), _renamed(tensors, _aloe_name))
 
 
 _CONVERTERS = {"cjepa": _convert_cjepa, "videosaur": _convert_videosaur, "savi": _convert_savi, "aloe": _convert_aloe}

@@ -423,6 +423,8 @@ def write_comparison(path: Path, result: Imagination, encoder, paths: dict | Non
 @torch.no_grad()
 def _decoded(encoder, slots, keep) -> np.ndarray | None:
     """uint8 [K, _SIZE, _SIZE, 3] of slots [K, N, D] without the dropped ones; None if the encoder draws no images."""
+    if getattr(encoder, "decoder", encoder) is None:
+        return None
     kept = range(slots.shape[1]) if keep is None else keep.nonzero().flatten().tolist()
     options = {"slot_indices": list(kept)} if "slot_indices" in inspect.signature(encoder.decode).parameters else {}
     device = next(encoder.parameters()).device

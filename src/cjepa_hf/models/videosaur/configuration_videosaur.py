@@ -42,6 +42,8 @@ class VideoSaurConfig(PreTrainedConfig):
         num_attention_heads (`int`, defaults to 4): Heads of the predictor and of the decoder's allocator.
         intermediate_size (`int`, *optional*): Hidden width of their MLPs; `None`: 4 slot_size.
         residual_scale (`float`, *optional*): Start value of learned scales of their residual branches; `None`: none.
+        use_decoder (`bool`, defaults to `True`): Whether the model has the decoder, which the losses and `decode` need and
+            slots do not. `False`: an encoder of slots alone, as the one inside of a released world model.
         num_allocator_layers (`int`, defaults to 3): Transformer layers in which the decoder's patches look at the slots.
         renderer_size, num_renderer_layers (`int`, defaults to 1024, 3): The decoder's MLP.
         feature_loss_weight (`float`, defaults to 1.0): Weight of the squared error of the reconstructed features.
@@ -78,6 +80,7 @@ class VideoSaurConfig(PreTrainedConfig):
     num_attention_heads: int = 4
     intermediate_size: int | None = None
     residual_scale: float | int | None = None
+    use_decoder: bool = True
     num_allocator_layers: int = 3
     renderer_size: int = 1024
     num_renderer_layers: int = 3

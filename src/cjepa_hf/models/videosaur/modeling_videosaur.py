@@ -366,7 +366,7 @@ class VideoSaurModel(VideoSaurPreTrainedModel):
             config.intermediate_size,
             residual_scale=config.residual_scale,
         )
-        self.decoder = VideoSaurDecoder(config)
+        self.decoder = VideoSaurDecoder(config) if config.use_decoder else None
         self.backbone.requires_grad_(False)
         self.post_init()
 
@@ -429,7 +429,8 @@ class VideoSaurModel(VideoSaurPreTrainedModel):
             [`VideoSaurOutput`].
 
         Raises:
-            ValueError: wrong shape, channel order, dtype or range, NaN, or arguments that exclude each other.
+            ValueError: wrong shape, channel order, dtype or range, NaN, arguments that exclude each other, or losses of a
+                model without decoder.
         """
         if kwargs.keys() - {"return_dict", "output_attentions", "output_hidden_states"}:
             raise ValueError(
@@ -440,6 +441,8 @@ class VideoSaurModel(VideoSaurPreTrainedModel):
         if chunk_size < 1:
             raise ValueError(f"chunk_size={chunk_size} must be at least 1.")
         batch_size, steps = pixel_values.shape[:2]
+        if return_loss:
+            self._check_decoder()
         if return_loss and steps <= self.config.similarity_time_shift:
             raise ValueError(
                 f"pixel_values has {steps} frames; the losses compare frames {self.config.similarity_time_shift} apart: "
@@ -502,7 +505,12 @@ class VideoSaurModel(VideoSaurPreTrainedModel):
         return self.initializer(batch_size, noise)
 
     def decode(self, slots: torch.Tensor) -> VideoSaurDecoderOutput:
-        """Reconstruct the features of frames from their slots [..., N, D]; see [`VideoSaurDecoderOutput`]."""
+        """Reconstruct the features of frames from their slots [..., N, D]; see [`VideoSaurDecoderOutput`].
+
+        Raises:
+            ValueError: slots of another shape, or a model without decoder.
+        """
+        self._check_decoder()
         if slots.dim() < 2 or slots.shape[-1] != self.config.slot_size:
             raise ValueError(f"slots have shape {tuple(slots.shape)}; expected [..., N, {self.config.slot_size}].")
         leading = slots.shape[:-2]
@@ -549,6 +557,13 @@ class VideoSaurModel(VideoSaurPreTrainedModel):
     def _as_grid(self, masks):
         """[..., N, P] -> [..., N, H', W'] in the model's dtype."""
         return masks.unflatten(-1, (self.config.mask_size, self.config.mask_size)).to(self.dtype)
+
+    def _check_decoder(self):
+        if self.decoder is None:
+            raise ValueError(
+                "This model has no decoder (use_decoder=False), which losses and reconstructions need: load an encoder "
+                "that has one, such as the VideoSAUR checkpoint that the world model was trained with."
+            )
 
     def _checked_slots(self, name, slots, batch_size):
         want = f"expected float [{batch_size}, N, {self.config.slot_size}]"
