@@ -277,6 +277,66 @@ def test_slot_noise_moves_observed_slots_only_and_does_not_unfreeze_static_ones(
     assert inputs["slot_mask"][:, 1:, :2].all() and not inputs["slot_mask"][:, :, 2].any()
 
 
+def recorded(model, batch, *words, empty=None):
+    """What the predictor is given for a batch, with the arguments `words`."""
+    seen = []
+
+    def wrapped(slots, **kwargs):
+        seen.append((slots, kwargs))
+        return model(slots, **kwargs)
+
+    world_model_loss(model, arguments(*words), STATISTICS, empty)(wrapped, batch)
+    return seen[0]
+
+
+def test_who_was_absent_stays_absent_in_the_target_and_is_not_hidden():
+    empty, batch = torch.full((D,), 0.5), batch_of(32)
+    batch["slots"][:, :3, 0] = empty  # enters in the future
+    batch["slots"][:, 3:, 1] = empty  # leaves in the future
+    batch["slots"][:, :, 2] = 1.0  # there, and still
+    model = tiny_model(mask_static_slots=False, num_masked_slots=N).train()
+    _, inputs = recorded(model, batch, "--hold_absent", "true", "--mask_present", "true", empty=empty)
+    assert (inputs["future_slots"][:, :, 0] == empty).all()
+    assert torch.equal(inputs["future_slots"][:, :, 1:], batch["slots"][:, 3:, 1:])
+    assert not inputs["slot_mask"][:, :, 0].any() and inputs["slot_mask"][:, 1:, 1:].all()
+    _, inputs = recorded(model, batch)
+    assert torch.equal(inputs["future_slots"], batch["slots"][:, 3:]) and not inputs["slot_mask"][:, :, 2].any()
+    with pytest.raises(ValueError, match="empty_slot"):
+        world_model_loss(model, arguments("--hold_absent", "true"), STATISTICS)
+    with pytest.raises(ValueError, match="mask_static_slots"):
+        world_model_loss(tiny_model(), arguments("--mask_present", "true"), STATISTICS, empty)
+
+
+def test_cut_histories_keep_the_shortest_length():
+    model, batch = tiny_model().train(), batch_of(2)
+    random.seed(0)
+    words = ("--history_crop_probability", "1", "--shortest_history", "2")
+    assert {recorded(model, batch, *words)[0].shape[1] for _ in range(20)} == {2}
+
+
+def test_windows_with_a_contact_ahead_are_repeated_to_their_share(folder, tmp_path, monkeypatch):
+    def with_contacts(index):
+        contacts = np.zeros((16, 2), bool)
+        contacts[9, 1] = True  # between frames 9 and 10
+        return {**episode(index), "contacts": contacts}
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    write_slot_dataset(tmp_path / "data", {"train": map(with_contacts, range(3))}, frame_skip=2)
+    windows = SlotWindows(load_slot_dataset(tmp_path / "data"), 3, 1, 2)  # 9 of each episode, frames s, s+2, s+4 | s+6
+    order = cjepa.contact_order(windows, 3, 0.5)
+    starts = windows.locate(order)[1]
+    ahead = (starts + 4 <= 9) & (starts + 6 > 9)  # s is 4 or 5
+    assert set(starts[ahead]) == {4, 5} and ahead.mean() == pytest.approx(0.5)
+    assert sorted(order[:27]) == list(range(27))  # nothing is left out
+    assert np.array_equal(cjepa.contact_order(windows, 3, 0.1), np.arange(27))  # more than that share already
+    plain = SlotWindows(load_slot_dataset(folder), 3, 1, 2)
+    with pytest.raises(ValueError, match="contact_share needs the column contacts"):
+        cjepa.contact_order(plain, 3, 0.5)
+    main([*command(tmp_path / "data", tmp_path / "out", "--validation_split", "none"), "--contact_share", "0.5"])
+    state = json.loads((tmp_path / "out" / "checkpoints" / "step-000020" / "state.json").read_text())
+    assert state["data_length"] == len(order)
+
+
 def test_the_rollout_loss_compares_all_that_is_imagined_from_the_first_frame():
     model, batch = tiny_model(num_masked_slots=0).train(), batch_of(4)
     loss, terms = world_model_loss(model, arguments("--rollout_weight", "0.5"), STATISTICS)(model, batch)

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, fields, make_dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from huggingface_hub import ModelCardData
 from torch import Tensor, nn
@@ -19,7 +20,14 @@ from transformers import AutoImageProcessor, AutoModel, BaseImageProcessor, PreT
 from transformers.hf_argparser import HfArg
 
 from ..data.extract import weights_hash
-from ..data.slots import SlotDataset, SlotWindows, StreamingSlotWindows, load_slot_dataset, window_statistics
+from ..data.slots import (
+    SlotDataset,
+    SlotWindows,
+    StreamingSlotWindows,
+    frame_columns,
+    load_slot_dataset,
+    window_statistics,
+)
 from ..models.cjepa import CJepaConfig, CJepaModel, SlotWorldModel
 from .arguments import TrainArguments, parse_arguments, parse_value
 from .trainer import (
@@ -41,6 +49,10 @@ class CJepaTrainArguments(TrainArguments):
         "train_split",
         "init_model",
         "history_crop_probability",
+        "shortest_history",
+        "contact_share",
+        "hold_absent",
+        "mask_present",
         "slot_noise",
         "rollout_weight",
     )
@@ -56,8 +68,24 @@ class CJepaTrainArguments(TrainArguments):
     # > Parameters that control the objective
     history_crop_probability: float = HfArg(
         default=0.0,
-        help="Share of the batches whose history is cut to its last 1 ... history_length - 1 frames (uniform), so that "
-        "the model also predicts from short histories.",
+        help="Share of the batches whose history is cut to its last shortest_history ... history_length - 1 frames "
+        "(uniform), so that the model also predicts from short histories.",
+    )
+    shortest_history: int = HfArg(default=1, help="Frames that a cut history keeps at least.")
+    contact_share: float = HfArg(
+        default=0.0,
+        help="Share of the windows in whose predicted part a contact begins, brought about by repeating them; 0: as they "
+        "come. Needs the column contacts.",
+    )
+    hold_absent: bool = HfArg(
+        default=False,
+        help="What is empty in the last observed frame stays so in the target: who will enter cannot be told from the "
+        "slots. Needs a dataset that says what an empty slot looks like (its encoder's empty_slot).",
+    )
+    mask_present: bool = HfArg(
+        default=False,
+        help="Hide only objects that are there in all frames of the visible prefix, moving or not. Needs such a dataset, "
+        "and mask_static_slots false.",
     )
     slot_noise: float = HfArg(default=0.0, help="Standard deviation of noise on the observed slots (slot units).")
     rollout_weight: float = HfArg(
@@ -90,6 +118,10 @@ class CJepaTrainArguments(TrainArguments):
             raise ValueError(f"slot_noise must be at least 0, got {self.slot_noise!r}")
         if not self.rollout_weight >= 0:
             raise ValueError(f"rollout_weight must be at least 0, got {self.rollout_weight!r}")
+        if not 0 <= self.contact_share < 1:
+            raise ValueError(f"contact_share must be in [0, 1), got {self.contact_share!r}")
+        if self.shortest_history < 1:
+            raise ValueError(f"shortest_history must be at least 1, got {self.shortest_history!r}")
         if self.eval_rollout_steps < 1:
             raise ValueError(f"eval_rollout_steps must be at least 1, got {self.eval_rollout_steps!r}")
 
@@ -128,31 +160,76 @@ def config_overrides(arguments: Any) -> dict[str, Any]:
 # --- objective and metrics -----------------------------------------------------------------------------------------
 
 
+_EMPTY_TOLERANCE = 0.05  # root mean square distance, slot units
+
+
+def contact_order(windows: SlotWindows, history_length: int, share: float) -> np.ndarray:
+    """
+    Indices int64 of all windows, those in whose predicted part a contact begins repeated until they are `share` of all.
+
+    Raises `ValueError` without the column `contacts`, and where no window has one.
+    """
+    dataset, skip = windows.dataset, windows.frame_skip
+    if "contacts" not in dataset.columns:
+        raise ValueError(f"contact_share needs the column contacts; {dataset.name} has {dataset.columns}")
+    column = frame_columns(dataset.data, ["contacts"])["contacts"]
+    low, high = (history_length - 1) * skip, (windows.steps - 1) * skip
+    found, first = [], 0
+    for chunk, start, length in zip(column.chunk, column.first, column.length):
+        count = max(int(length) - windows.steps * skip + 1, 0)
+        begun = np.concatenate([[0], column.frames[chunk][start : start + length].any(axis=1).cumsum()])
+        place = np.arange(count)
+        found.append(first + place[begun[place + high] > begun[place + low]])
+        first += count
+    found = np.concatenate(found)
+    if not len(found):
+        raise ValueError(f"contact_share: no contact begins in the predicted part of any window of {dataset.name}")
+    missing = round(share / (1 - share) * (first - len(found))) - len(found)
+    return np.concatenate([np.arange(first), np.resize(found, max(missing, 0))])
+
+
 def world_model_loss(
-    model: SlotWorldModel, args: CJepaTrainArguments, statistics: Mapping[str, Tensor]
+    model: SlotWorldModel,
+    args: CJepaTrainArguments,
+    statistics: Mapping[str, Tensor],
+    empty_slot: Tensor | None = None,
 ) -> Callable[[nn.Module, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]:
     """The loss function of a batch of windows {"slots" [B, T_h + T_p, N, D], "actions", "proprio"} in raw units.
 
-    A batch may carry its own `slot_mask` ([B, N] or [B, T_h, N], True = hidden); by default the model draws one per
-    sample, from the slots before noise (noise would make a static slot move).
+    `empty_slot` [D] is what a slot without object looks like. A batch may carry its own `slot_mask` ([B, N] or
+    [B, T_h, N], True = hidden); by default the model draws one per sample, from the slots before noise (noise would make
+    a static slot move).
     """
     config = model.config
     length = config.history_length
+    if (args.hold_absent or args.mask_present) and empty_slot is None:
+        raise ValueError("hold_absent and mask_present need a dataset whose encoder has an empty_slot, or to be false")
+    if args.mask_present and config.mask_static_slots:
+        raise ValueError(
+            "mask_present chooses what may be hidden, mask_static_slots true hides anything: set it to false"
+        )
 
     def loss_fn(wrapped: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         batch = SlotWindows.normalize(batch, statistics)
         slots, actions, proprio = (batch.get(name) for name in ("slots", "actions", "proprio"))
         # Python's generator is the same on every process: all cut alike
         crop = length > 1 and model.training and random.random() < args.history_crop_probability
-        first = length - random.randint(1, length - 1) if crop else 0
-        history = slots[:, first:length]
+        first = length - random.randint(min(args.shortest_history, length - 1), length - 1) if crop else 0
+        history, future = slots[:, first:length], slots[:, length:]
+        there = None
+        if args.hold_absent or args.mask_present:
+            there = (history - empty_slot).square().mean(-1) > _EMPTY_TOLERANCE**2  # [B, T, N]
+        if args.hold_absent:
+            future = torch.where(there[:, -1:, :, None], future, history[:, -1:])
         mask = batch.get("slot_mask")
         if mask is not None and mask.ndim == 3:
             mask = mask[:, first:]
         hides = config.masked_slots_range[1] > 0 and length - first > config.visible_prefix
         if mask is None and model.training and hides:
             moving = None
-            if not config.mask_static_slots:  # judged by the whole window, more than the model sees
+            if args.mask_present:
+                moving = there[:, : config.visible_prefix].all(dim=1)
+            elif not config.mask_static_slots:  # judged by the whole window, more than the model sees
                 change = (slots - slots[:, :1]).square().mean(-1).sqrt().amax(dim=1)
                 moving = change > config.static_slot_tolerance
             mask = model.draw_slot_mask(history, moving=moving)
@@ -162,7 +239,7 @@ def world_model_loss(
             history,
             actions=None if actions is None else actions[:, first:length],
             proprio=None if proprio is None else proprio[:, first:length],
-            future_slots=slots[:, length:],
+            future_slots=future,
             future_proprio=None if proprio is None else proprio[:, length:],
             slot_mask=mask,
         )
@@ -327,14 +404,23 @@ def train_world_model(
         create_hub_repository(args)
 
     on_device = {name: value.to(accelerator.device) for name, value in statistics.items()}
+    empty = (train_slots.metadata.get("encoder") or {}).get("empty_slot")
+    empty = None if empty is None else torch.tensor(empty, device=accelerator.device)
+    data: Any = windows
+    if args.contact_share:
+        if args.streaming:
+            raise ValueError("contact_share needs an indexable dataset: leave out streaming")
+        order = contact_order(windows, config.history_length, args.contact_share)
+        data = torch.utils.data.Subset(windows, order)
     rates = {"proprio_embedding": args.proprio_learning_rate} if args.proprio_learning_rate else None
     try:
         result = train(
             model,
-            windows,
+            data,
             eval_windows,
-            world_model_loss(model, args, on_device),
+            world_model_loss(model, args, on_device, empty),
             args,
+            collate=windows.collate if args.contact_share else None,
             metric_fn=world_model_metrics(model, steps, on_device),
             learning_rates=rates,
             accelerator=accelerator,
