@@ -14,9 +14,10 @@ from datasets import Array2D, Array4D, Dataset, DatasetDict, Features, Image, Li
 from PIL import Image as PilImage
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
-from cjepa_hf.data.extract import extract_slots
+from cjepa_hf.data.extract import extract_slots, open_encoder
 from cjepa_hf.data.slots import METADATA_FILE, SlotWindows, load_slot_dataset
 from cjepa_hf.models.color_isa import ColorIsaConfig, ColorIsaImageProcessor, ColorIsaModel
+from cjepa_hf.models.videosaur import VideoSaurConfig, VideoSaurImageProcessor, VideoSaurModel
 from cjepa_hf.simulators.rendering import render_push_t
 
 # as `import cjepa_hf` does
@@ -317,6 +318,19 @@ def test_a_saved_encoder_is_loaded_with_its_image_processor(tmp_path):
         np.testing.assert_allclose(row["slots"], expected, atol=1e-4)
     encoder = load_slot_dataset(folder).metadata["encoder"]
     assert encoder["name"] == "my-encoder" and encoder["config_hash"] and encoder["image_processor"]
+
+
+def test_an_encoder_saved_without_an_image_processor_gets_the_one_of_its_kind(tmp_path):
+    source = DatasetDict(train=dataset(rows([6], kind="array")))
+    backbone = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=4)
+    model = VideoSaurModel(VideoSaurConfig(image_size=16, slot_size=8, renderer_size=8, backbone_config=backbone))
+    model.save_pretrained(tmp_path / "encoder")
+    _, processor, _ = open_encoder(tmp_path / "encoder", None, None, None)
+    assert processor.to_dict() == VideoSaurImageProcessor(size=16).to_dict()
+    (row,) = read(extract_slots(source, tmp_path / "encoder", tmp_path / "slots", **SILENT))
+    processor.save_pretrained(tmp_path / "encoder")
+    (expected,) = read(extract_slots(source, tmp_path / "encoder", tmp_path / "expected", **SILENT))
+    np.testing.assert_array_equal(row["slots"], expected["slots"])
 
 
 class Seeded(torch.nn.Module):

@@ -5,7 +5,12 @@ import json
 
 import pytest
 
+from cjepa_hf.models.cjepa import CJepaConfig
+from cjepa_hf.models.savi import SaviConfig
+from cjepa_hf.models.videosaur import VideoSaurConfig
 from cjepa_hf.training import TrainArguments, parse_arguments
+from cjepa_hf.training.arguments import config_arguments, config_fields, config_overrides
+from cjepa_hf.training.cjepa import CJepaTrainArguments
 
 
 def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(tmp_path):
@@ -72,3 +77,29 @@ def test_help_explains_every_argument(capsys):
     text = capsys.readouterr().out
     for field in dataclasses.fields(TrainArguments):
         assert f"--{field.name}" in text
+
+
+def test_fields_of_a_model_come_from_the_command_line_as_their_types():
+    def given(config_class, words):
+        (parsed,) = parse_arguments(config_arguments(config_class), words.split())
+        return config_overrides(parsed)
+
+    words = "--num_masked_slots 0,2 --hidden_dropout 0 --layer_norm_eps 1e-6 --norm_first true --anchor last_visible "
+    words += "--residual_prediction none --mask_strategy tube"
+    overrides = given(CJepaConfig, words)
+    assert overrides == {
+        "num_masked_slots": [0, 2], "hidden_dropout": 0, "layer_norm_eps": 1e-6, "norm_first": True,
+        "anchor": "last_visible", "residual_prediction": None, "mask_strategy": "tube",
+    }  # fmt: skip
+    assert CJepaConfig(**overrides).masked_slots_range == (0, 2)
+    words = "--num_slots 5 --encoder_channels 4,8 --predictor_rnn true --kernel_prior_variance none"
+    assert given(SaviConfig, words) == {
+        "num_slots": 5, "encoder_channels": [4, 8], "predictor_rnn": True, "kernel_prior_variance": None
+    }  # fmt: skip
+    words = '--backbone_config {"hidden_size":12,"patch_size":4}'
+    assert given(VideoSaurConfig, words) == {"backbone_config": {"hidden_size": 12, "patch_size": 4}}
+    with pytest.raises(ValueError, match=r"num_slots='many'.* int"):
+        given(SaviConfig, "--num_slots many")
+    fields = set(config_fields(CJepaConfig))
+    assert fields <= set(CJepaConfig().to_dict()) and "slot_encoder_config" not in fields
+    assert not fields & {field.name for field in dataclasses.fields(CJepaTrainArguments)}

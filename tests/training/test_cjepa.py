@@ -21,10 +21,7 @@ from cjepa_hf.models.color_isa import ColorIsaConfig, ColorIsaImageProcessor, Co
 from cjepa_hf.training import cjepa, trainer
 from cjepa_hf.training.arguments import parse_arguments
 from cjepa_hf.training.cjepa import (
-    CONFIG_FIELDS,
     CJepaTrainArguments,
-    ConfigArguments,
-    config_overrides,
     main,
     world_model_loss,
     world_model_metrics,
@@ -377,19 +374,6 @@ def test_open_loop_metrics_feed_predictions_back():
     copied = (batch["slots"][:, 2:3] - batch["slots"][:, 3:]).square().mean(dim=(0, 2, 3))
     torch.testing.assert_close(torch.stack([metrics["copy_mse_1"], metrics["copy_mse_2"]]), copied)
     assert metrics["mse_2"] != metrics["mse_2_history"]
-
-
-def test_config_fields_come_from_the_command_line_as_their_types():
-    words = "--num_masked_slots 0,2 --hidden_dropout 0 --layer_norm_eps 1e-6 --norm_first true --anchor last_visible "
-    words += "--residual_prediction none --mask_strategy tube"
-    (parsed,) = parse_arguments(ConfigArguments, words.split())
-    assert config_overrides(parsed) == {
-        "num_masked_slots": [0, 2], "hidden_dropout": 0, "layer_norm_eps": 1e-6, "norm_first": True,
-        "anchor": "last_visible", "residual_prediction": None, "mask_strategy": "tube",
-    }  # fmt: skip
-    assert CJepaConfig(**config_overrides(parsed)).masked_slots_range == (0, 2)
-    assert set(CONFIG_FIELDS) <= set(CJepaConfig().to_dict())
-    assert not set(CONFIG_FIELDS) & set(CJepaTrainArguments.__dataclass_fields__)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """Clips that video encoders train on: windows of videos, Push-T with every object moving, damage, recipes."""
 
+import json
 import logging
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -9,22 +11,21 @@ import torch
 import yaml
 
 from cjepa_hf.data.collect import collect_push_t
-from cjepa_hf.data.video import FrameVideo
+from cjepa_hf.data.video import FrameVideo, open_videos
 from cjepa_hf.models.savi import SaviConfig, SaviImageProcessor
 from cjepa_hf.models.videosaur import VideoSaurConfig
-from cjepa_hf.training.arguments import parse_arguments
+from cjepa_hf.training.arguments import config_arguments, config_overrides, parse_arguments
 from cjepa_hf.training.clips import (
     ClipCollate,
     ClipTrainArguments,
     RandomPushT,
     VideoClips,
     clip_metrics,
-    config_arguments,
-    config_overrides,
     open_clips,
     random_motion,
 )
 from cjepa_hf.training.savi import SaviTrainArguments
+from cjepa_hf.training.savi import main as train_savi
 from cjepa_hf.training.videosaur import VideoSaurTrainArguments
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -43,6 +44,20 @@ def video(name: str, length: int, *, broken: bool = False) -> FrameVideo:
     segments = np.zeros((length, 4, 6), int)
     segments[:, :, 0] = 1
     return FrameVideo(opener, length, name, segments=lambda: segments)
+
+
+def write_video(path: Path, length: int) -> Path:
+    """A gray ramp of 16 x 24 pixels."""
+    av = pytest.importorskip("av")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 24, 16, "yuv420p"
+        for t in range(length):
+            frame = np.full((16, 24, 3), 20 * t, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format="yuv420p")))
+        container.mux(stream.encode())
+    return path
 
 
 def test_every_window_of_every_video_is_a_clip():
@@ -76,6 +91,60 @@ def test_a_damaged_video_is_named_once_and_another_takes_its_place(caplog):
     assert [r.getMessage() for r in caplog.records] == ["video torn-one is damaged and passed over: torn"]
     with pytest.raises(ValueError, match="none of the 1 videos can be read: torn-one"):
         VideoClips([video("torn-one", 4, broken=True)], clip_length=2)[0]
+
+
+def test_videos_that_cannot_even_be_opened_are_named_and_left_out(tmp_path, caplog):
+    path = write_video(tmp_path / "train" / "whole.mp4", 4)
+    (tmp_path / "train" / "cut.mp4").write_bytes(path.read_bytes()[:300])
+    (tmp_path / "train" / "empty.mp4").write_bytes(b"")
+    with caplog.at_level(logging.WARNING):
+        clips = VideoClips(open_videos(tmp_path, "train"), clip_length=3, segments=True)
+    assert len(clips) == 2 and clips[1]["frames"].shape == (3, 16, 24, 3)
+    assert [r.getMessage().split(" is ")[0] for r in caplog.records] == ["video cut", "video empty"]
+    path.unlink()
+    with pytest.raises(ValueError, match=r"none of 2 videos .* damaged: cut, empty"):
+        VideoClips(open_videos(tmp_path, "train"), clip_length=3)
+
+
+def test_masks_are_those_of_the_readable_videos():
+    def unknown():
+        raise ValueError("state is not finite at frame 2")
+
+    def clips(*first):
+        return VideoClips([*first, video("known", 4)], clip_length=2, segments=True)
+
+    broken, without = video("broken", 2), video("without", 2)
+    broken._segments, without._segments = unknown, lambda: None
+    assert [clips(broken)[i]["segments"].shape for i in (0, 1)] == [(2, 4, 6)] * 2
+    assert not clips(without).segments and clips().segments
+
+
+def test_a_missing_decoder_is_no_damage():
+    def opener():
+        raise ImportError("reading this source needs the package av")
+
+    with pytest.raises(ImportError, match="package av"):
+        VideoClips([FrameVideo(opener, 4, "a")], clip_length=2)[0]
+
+
+@pytest.mark.parametrize("kind", ["mp4", "tar"])
+def test_training_runs_on_video_files_and_on_tar_shards(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    for split in ("train", "validation"):
+        files = [write_video(tmp_path / "videos" / split / f"video_{i}.mp4", 5) for i in range(2)]
+        if kind == "tar":
+            (tmp_path / "shards" / split).mkdir(parents=True)
+            with tarfile.open(tmp_path / "shards" / split / "shard-0.tar", "w") as tar:
+                for file in files:
+                    tar.add(file, arcname=file.name)
+    source = tmp_path / ("videos" if kind == "mp4" else "shards")
+    words = """--num_slots 2 --slot_size 8 --image_size 16 --encoder_channels 4,4 --slot_mlp_size 8 --decoder_channels 4,4
+    --decoder_grid_size 4 --batch_size 4 --clip_length 3 --max_steps 2 --log_every 1 --use_cpu"""
+    result = train_savi([*words.split(), "--dataset", str(source), "--output_dir", str(tmp_path / "run")])
+    assert result.step == 2 and result.metrics["reconstruction_loss"] > 0 and "foreground_ari" not in result.metrics
+    state = json.loads((tmp_path / "run" / "checkpoints" / "step-000002" / "state.json").read_text())
+    assert state["data_length"] == 2 * 3
+    assert json.loads((tmp_path / "run" / "training_results.json").read_text())["dataset"] == source.name
 
 
 def test_in_random_push_t_all_three_objects_move_and_stay_on_the_table():
@@ -193,17 +262,6 @@ def test_the_papers_recipes_are_the_defaults_of_the_scripts():
     )
     for name in (*common, "lr_floor"):
         assert getattr(savi, name) == getattr(SaviTrainArguments(output_dir="x"), name), name
-
-
-def test_settings_of_the_model_are_read_from_text():
-    kind = config_arguments(SaviConfig)
-    given = kind(num_slots="5", encoder_channels="4,8", predictor_rnn="true", kernel_prior_variance="none")
-    overrides = config_overrides(given)
-    assert overrides == {
-        "num_slots": 5, "encoder_channels": [4, 8], "predictor_rnn": True, "kernel_prior_variance": None
-    }  # fmt: skip
-    nested = config_arguments(VideoSaurConfig)(backbone_config='{"hidden_size": 12, "patch_size": 4}')
-    assert config_overrides(nested) == {"backbone_config": {"hidden_size": 12, "patch_size": 4}}
 
 
 def test_wrong_arguments_are_errors():

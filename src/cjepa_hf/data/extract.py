@@ -21,6 +21,7 @@ import torch
 from huggingface_hub import HfApi
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoModel
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 
 from .slots import METADATA_FILE, PARTIAL_FOLDER, SlotDatasetWriter, fingerprint, writer_arguments
 from .video import Video, check_lengths, open_source
@@ -66,7 +67,7 @@ def extract_slots(
         encoder: folder, Hub id or model whose `forward(pixel_values=[B, T, 3, H, W])` returns `.slots` [B, T, N, D],
             or a `CJepaModel` that holds one; see [`encode_videos`].
         image_processor: turns uint8 frames [T, H, W, 3] into `pixel_values`. Default: the encoder's own where its
-            folder has one, else pixels / 255.
+            folder has one, else that of its kind (the encoders of this library have one each), else pixels / 255.
         splits: names of the splits; default: all.
         frame_skip: suggested for windows, stored in the dataset.
         dtype: "float32" or "float16" of the stored slots.
@@ -509,6 +510,8 @@ def open_encoder(encoder, revision, image_processor, device) -> tuple[torch.nn.M
         if model.slot_encoder is None:
             raise ValueError(f"{name} is a world model without a slot encoder: give the encoder that made its slots")
         model = model.slot_encoder
+    if image_processor is None:
+        image_processor = _usual_image_processor(getattr(model, "config", None))
     if device is not None:
         model = model.to(device)
     config = model.config.to_dict() if hasattr(getattr(model, "config", None), "to_dict") else {}
@@ -521,6 +524,12 @@ def open_encoder(encoder, revision, image_processor, device) -> tuple[torch.nn.M
         "weights_hash": weights_hash(model),
     }
     return model, image_processor, description
+
+
+def _usual_image_processor(config) -> Callable | None:
+    """That of the encoder's kind, at its size; None for a kind that has none."""
+    kinds, size = IMAGE_PROCESSOR_MAPPING.get(type(config), None), getattr(config, "image_size", None)
+    return next(iter(kinds.values()))(size=size) if kinds and isinstance(size, int) else None
 
 
 def weights_hash(model: torch.nn.Module) -> str:

@@ -5,10 +5,9 @@ Slots come from a slot dataset (one episode per video), questions from a file in
 """
 
 import copy
-import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, make_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,15 +20,8 @@ from transformers.hf_argparser import HfArg
 from ..data.clevrer import load_questions
 from ..data.slots import SlotDataset, frame_columns, load_slot_dataset
 from ..models.aloe import QUESTION_TYPES, AloeConfig, AloeForVideoQuestionAnswering, AloeProcessor
-from .arguments import TrainArguments, parse_arguments
-from .trainer import (
-    TrainResult,
-    create_hub_repository,
-    make_accelerator,
-    push_folder_to_hub,
-    save_model_folder,
-    train,
-)
+from .arguments import TrainArguments, config_arguments, config_fields, config_overrides, parse_arguments
+from .trainer import TrainResult, make_accelerator, result_files, train_and_save, training_results
 
 MODEL_INPUTS = ("slots", "input_ids", "attention_mask", "is_option", "video_index", "labels")
 
@@ -89,35 +81,6 @@ class AloeTrainArguments(TrainArguments):
                     f"question_types names {name!r}: expected all, or some of {', '.join(QUESTION_TYPES)}"
                 )
         return chosen
-
-
-# Every field that AloeConfig itself declares, as text.
-CONFIG_FIELDS = [name for name in AloeConfig.__annotations__ if name != "model_type"]
-
-AloeConfigArguments = make_dataclass(
-    "AloeConfigArguments",
-    [
-        (name, str | None, HfArg(default=None, help=f"AloeConfig.{name}; default {getattr(AloeConfig, name)!r}"))
-        for name in CONFIG_FIELDS
-    ],
-    kw_only=True,
-    namespace={"__doc__": "The fields of [`AloeConfig`]; those left out keep their defaults or follow the data."},
-)
-
-
-def config_overrides(arguments: Any) -> dict[str, int | float]:
-    """The fields of [`AloeConfig`] that were given, as numbers (a file's values may have their types already)."""
-    overrides = {}
-    for name in CONFIG_FIELDS:
-        value = getattr(arguments, name)
-        if isinstance(value, str):
-            try:
-                value = json.loads(value)
-            except json.JSONDecodeError:
-                raise ValueError(f"{name} must be a number, got {value!r}") from None
-        if value is not None:
-            overrides[name] = value
-    return overrides
 
 
 # --- data ----------------------------------------------------------------------------------------------------------
@@ -357,7 +320,7 @@ def build_model(
         model = AloeForVideoQuestionAnswering.from_pretrained(
             args.init_model, use_safetensors=True, dtype=torch.float32
         )
-        found = {name: getattr(model.config, name) for name in CONFIG_FIELDS}
+        found = {name: getattr(model.config, name) for name in config_fields(AloeConfig)}
         found |= {"num_slots": dataset.num_slots, "slot_size": dataset.slot_size}
         for name, value in (found | dict(overrides)).items():
             if getattr(model.config, name) != value:
@@ -382,8 +345,9 @@ def build_model(
 
 def main(argv: Sequence[str] | None = None) -> TrainResult:
     """Trains as the command line `argv` (default: `sys.argv[1:]`) says and leaves the model in `--output_dir`."""
-    args, config_arguments = parse_arguments([AloeTrainArguments, AloeConfigArguments], argv, description=__doc__)
-    overrides = config_overrides(config_arguments)
+    classes = [AloeTrainArguments, config_arguments(AloeConfig)]
+    args, given = parse_arguments(classes, argv, description=__doc__)
+    overrides = config_overrides(given)
     accelerator = make_accelerator(args)
     scenes = load_questions(args.questions)
     validation_scenes = load_questions(args.validation_questions) if args.validation_questions else None
@@ -409,49 +373,32 @@ def main(argv: Sequence[str] | None = None) -> TrainResult:
             if part is not None and part.missing_videos:
                 names = ", ".join(part.missing_videos[:3])
                 print(f"{len(part.missing_videos)} {name} videos have no slots: {names}, ...", file=sys.stderr)
-        if args.push_to_hub:
-            create_hub_repository(args)
-    try:
-        result = train(
-            model,
-            questions,
-            validation,
-            question_loss,
-            args,
-            metric_fn=question_metrics(validation) if validation is not None else None,
-            accelerator=accelerator,
+
+    def files(result):
+        results = training_results(
+            result,
+            model.parameters(),
+            args.dataset,
+            training_questions=len(questions),
+            validation_questions=0 if validation is None else len(validation),
+            dataset_revision=args.dataset_revision,
+            slot_encoder=slots.metadata.get("encoder"),
         )
-    except KeyboardInterrupt as interrupt:
-        raise SystemExit(f"stopped: {interrupt}") from None
-    if accelerator.is_main_process:
-        _save(model, processor, args, overrides, slots, questions, validation, result)
-        if args.push_to_hub:
-            print(push_folder_to_hub(args), file=sys.stderr)
-    accelerator.wait_for_everyone()
-    return result
+        return result_files(args, overrides, results) | {
+            "processor_config.json": processor.to_json_string(),
+            "README.md": model_card(model, args, results),
+        }
 
-
-def _save(model, processor, args, overrides, slots, questions, validation, result) -> None:
-    results = {
-        "step": result.step,
-        "training_seconds": round(result.seconds, 1),
-        "training_questions": len(questions),
-        "validation": result.metrics,
-        "validation_questions": 0 if validation is None else len(validation),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        # a folder's place on this machine means nothing elsewhere
-        "dataset": Path(args.dataset).name if Path(args.dataset).exists() else args.dataset,
-        "dataset_revision": args.dataset_revision,
-        "slot_encoder": slots.metadata.get("encoder"),
-    }
-    arguments = {name: value for name, value in asdict(args).items() if value is not None}
-    files = {
-        "processor_config.json": processor.to_json_string(),
-        "training_args.json": json.dumps(arguments | dict(overrides), indent=2),  # can be given back as first argument
-        "training_results.json": json.dumps(results, indent=2),
-        "README.md": model_card(model, args, results),
-    }
-    save_model_folder(model, args.output_dir, files)
+    return train_and_save(
+        model,
+        questions,
+        validation,
+        question_loss,
+        args,
+        files,
+        accelerator,
+        metric_fn=question_metrics(validation) if validation is not None else None,
+    )
 
 
 def model_card(model: AloeForVideoQuestionAnswering, args: AloeTrainArguments, results: Mapping[str, Any]) -> str:

@@ -6,12 +6,13 @@ import difflib
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
-from transformers import HfArgumentParser
+from huggingface_hub.dataclasses import type_validator
+from transformers import HfArgumentParser, PreTrainedConfig
 from transformers.hf_argparser import HfArg
 
 
@@ -187,13 +188,50 @@ def _check_types(instance: Any) -> None:
             raise ValueError(f"{field.name} must be {kind.__name__}, got {value!r}")
 
 
+def config_arguments(config_class: type[PreTrainedConfig]) -> type:
+    """A dataclass with the fields that a model's configuration declares itself, all optional, as text."""
+
+    def field(name):
+        text = f"{config_class.__name__}.{name}; default {getattr(config_class, name, None)!r}"
+        return name, str | None, HfArg(default=None, help=text.replace("%", "%%"))
+
+    text = f"The fields of [`{config_class.__name__}`]; those left out keep their defaults or follow the data."
+    return make_dataclass(
+        "ConfigArguments",
+        [field(name) for name in config_fields(config_class)],
+        kw_only=True,
+        namespace={"__doc__": text, "types": config_class.__annotations__},
+    )
+
+
+def config_fields(config_class: type[PreTrainedConfig]) -> list[str]:
+    """Names of the fields that a configuration declares itself; an encoder inside is no argument."""
+    return [name for name in config_class.__annotations__ if name not in ("model_type", "slot_encoder_config")]
+
+
+def config_overrides(arguments: Any) -> dict[str, Any]:
+    """The fields of [`config_arguments`] that were given, read by [`parse_value`] where they are text (those of a file
+    may have their types already). ValueError for a value of the wrong type."""
+    overrides = {}
+    for name, value in dataclasses.asdict(arguments).items():
+        if value is None:
+            continue
+        value = parse_value(value) if isinstance(value, str) else value
+        try:
+            type_validator(name, value, arguments.types[name])
+        except TypeError as error:
+            raise ValueError(f"{name}={value!r}: {error}") from None
+        overrides[name] = value
+    return overrides
+
+
 def parse_value(text: str) -> Any:
-    """ "3" -> 3, "0,2" or "[0, 2]" -> [0, 2], "true" -> True, "none" -> None, anything else stays text."""
+    """ "3" -> 3, "0,2" or "[0, 2]" -> [0, 2], '{"a": 1}' -> {"a": 1}, "true" -> True, "none" -> None, other stays text."""
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     if text.lower() in ("none", "null"):
         return None
     try:
-        return json.loads(f"[{text}]" if "," in text and not text.startswith("[") else text)
+        return json.loads(f"[{text}]" if "," in text and text[0] not in "[{" else text)
     except json.JSONDecodeError:
         return text

@@ -4,11 +4,10 @@ The published objective (paper section 3.3) with what small budgets need beside 
 a plan can start from one frame, and noise on the observed slots.
 """
 
-import json
 import random
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, make_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 from huggingface_hub import ModelCardData
 from torch import Tensor, nn
-from transformers import AutoImageProcessor, AutoModel, BaseImageProcessor, PreTrainedConfig
+from transformers import AutoImageProcessor, AutoModel, BaseImageProcessor
 from transformers.hf_argparser import HfArg
 
 from ..data.extract import weights_hash
@@ -28,16 +27,9 @@ from ..data.slots import (
     load_slot_dataset,
     window_statistics,
 )
-from ..models.cjepa import CJepaConfig, CJepaModel, SlotWorldModel
-from .arguments import TrainArguments, parse_arguments, parse_value
-from .trainer import (
-    TrainResult,
-    create_hub_repository,
-    make_accelerator,
-    push_folder_to_hub,
-    save_model_folder,
-    train,
-)
+from ..models.cjepa import CJepaModel, SlotWorldModel
+from .arguments import TrainArguments, config_arguments, config_overrides, parse_arguments
+from .trainer import TrainResult, make_accelerator, result_files, train_and_save, training_results
 
 
 @dataclass(kw_only=True)
@@ -124,37 +116,6 @@ class CJepaTrainArguments(TrainArguments):
             raise ValueError(f"shortest_history must be at least 1, got {self.shortest_history!r}")
         if self.eval_rollout_steps < 1:
             raise ValueError(f"eval_rollout_steps must be at least 1, got {self.eval_rollout_steps!r}")
-
-
-def config_arguments(config_class: type[PreTrainedConfig]) -> type:
-    """A dataclass with every field that a configuration declares itself, as text: JSON is read as JSON, "0,2" as the
-    pair [0, 2]."""
-
-    def field(name):
-        text = f"{config_class.__name__}.{name}; default {getattr(config_class, name, None)!r}"
-        return name, str | None, HfArg(default=None, help=text.replace("%", "%%"))
-
-    names = [name for name in config_class.__annotations__ if name not in ("model_type", "slot_encoder_config")]
-    text = f"The fields of [`{config_class.__name__}`]; those left out keep their defaults or follow the dataset."
-    return make_dataclass(
-        "ConfigArguments", [field(name) for name in names], kw_only=True, namespace={"__doc__": text}
-    )
-
-
-ConfigArguments = config_arguments(CJepaConfig)
-CONFIG_FIELDS = [field.name for field in fields(ConfigArguments)]
-
-
-def config_overrides(arguments: Any) -> dict[str, Any]:
-    """The fields given, as the configuration takes them (a file's values may have their types already)."""
-    overrides = {}
-    for name, value in asdict(arguments).items():
-        if isinstance(value, str):
-            value = parse_value(value)
-        elif value is None:
-            continue
-        overrides[name] = value
-    return overrides
 
 
 # --- objective and metrics -----------------------------------------------------------------------------------------
@@ -400,9 +361,6 @@ def train_world_model(
             print(f"validation episodes allow rollouts of {longest} frames, not {steps}", file=sys.stderr)
             steps = max(1, longest)
         eval_windows = SlotWindows(validation, config.history_length, steps, config.frame_skip, columns=columns)
-    if args.push_to_hub and accelerator.is_main_process:
-        create_hub_repository(args)
-
     on_device = {name: value.to(accelerator.device) for name, value in statistics.items()}
     empty = (train_slots.metadata.get("encoder") or {}).get("empty_slot")
     empty = None if empty is None else torch.tensor(empty, device=accelerator.device)
@@ -413,26 +371,18 @@ def train_world_model(
         order = contact_order(windows, config.history_length, args.contact_share)
         data = torch.utils.data.Subset(windows, order)
     rates = {"proprio_embedding": args.proprio_learning_rate} if args.proprio_learning_rate else None
-    try:
-        result = train(
-            model,
-            data,
-            eval_windows,
-            world_model_loss(model, args, on_device, empty),
-            args,
-            collate=windows.collate if args.contact_share else None,
-            metric_fn=world_model_metrics(model, steps, on_device),
-            learning_rates=rates,
-            accelerator=accelerator,
-        )
-    except KeyboardInterrupt as interrupt:
-        raise SystemExit(f"stopped: {interrupt}") from None
-    if accelerator.is_main_process:
-        _save(model, processor, args, overrides, train_slots, statistics, result)
-        if args.push_to_hub:
-            print(push_folder_to_hub(args), file=sys.stderr)
-    accelerator.wait_for_everyone()
-    return result
+    return train_and_save(
+        model,
+        data,
+        eval_windows,
+        world_model_loss(model, args, on_device, empty),
+        args,
+        lambda result: _files(model, processor, args, overrides, train_slots, statistics, result),
+        accelerator,
+        collate=windows.collate if args.contact_share else None,
+        metric_fn=world_model_metrics(model, steps, on_device),
+        learning_rates=rates,
+    )
 
 
 def _may_leave_parameters_unused(args: CJepaTrainArguments, overrides: Mapping[str, Any]) -> bool:
@@ -451,27 +401,19 @@ def _statistics(model: SlotWorldModel, dataset: SlotDataset, shape: tuple[int, i
     return statistics
 
 
-def _save(model, processor, args, overrides, dataset, statistics, result) -> None:
-    results = {
-        "step": result.step,
-        "training_seconds": round(result.seconds, 1),
-        "validation": result.metrics,
-        "parameters": sum(p.numel() for n, p in model.named_parameters() if not n.startswith("slot_encoder.")),
-        # a folder's place on this machine means nothing elsewhere
-        "dataset": Path(args.dataset).name if Path(args.dataset).exists() else args.dataset,
-        "dataset_revision": args.dataset_revision,
-        "slot_encoder": dataset.metadata.get("encoder"),
-        "statistics": {name: value.tolist() for name, value in statistics.items()},
-    }
-    arguments = {name: value for name, value in asdict(args).items() if value is not None}
-    files = {
-        "training_args.json": json.dumps(arguments | overrides, indent=2),  # can be given back as the first argument
-        "training_results.json": json.dumps(results, indent=2),
-        "README.md": model_card(model, args, results),
-    }
+def _files(model, processor, args, overrides, dataset, statistics, result) -> dict[str, str]:
+    results = training_results(
+        result,
+        (p for name, p in model.named_parameters() if not name.startswith("slot_encoder.")),
+        args.dataset,
+        dataset_revision=args.dataset_revision,
+        slot_encoder=dataset.metadata.get("encoder"),
+        statistics={name: value.tolist() for name, value in statistics.items()},
+    )
+    files = result_files(args, overrides, results) | {"README.md": model_card(model, args, results)}
     if processor is not None:
         files["preprocessor_config.json"] = processor.to_json_string()
-    save_model_folder(model, args.output_dir, files)
+    return files
 
 
 def model_card(model: SlotWorldModel, args: CJepaTrainArguments, results: Mapping[str, Any]) -> str:

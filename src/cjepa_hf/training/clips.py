@@ -1,9 +1,9 @@
 """What the trainings of video encoders share: clips to train on, and how a model that draws its input is evaluated."""
 
-import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, make_dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.hf_argparser import HfArg
 
+from ..data.segments import foreground_ari
 from ..data.video import Video, open_source, push_t_segments
-from ..evaluation.metrics import foreground_ari
 from ..simulators.push_t import random_states
 from ..simulators.rendering import TABLE_SIZE, render_push_t
-from .arguments import TrainArguments, parse_arguments, parse_value
-from .trainer import TrainResult, create_hub_repository, make_accelerator, push_folder_to_hub, save_model_folder, train
+from .arguments import TrainArguments, config_arguments, config_overrides, parse_arguments
+from .trainer import TrainResult, make_accelerator, result_files, train_and_save, training_results
 
 logger = logging.getLogger(__name__)
 
@@ -65,31 +65,55 @@ class ClipTrainArguments(TrainArguments):
 
 class VideoClips(torch.utils.data.Dataset):
     """Every window of `clip_length` frames, `stride` apart, of every video, as `{"frames": uint8 [T, H, W, 3]}`, with
-    `"segments": int64 [T, H, W]` where asked for and known of all videos.
+    `"segments": int64 [T, H, W]` where asked for and known of the first readable video (then of all, or it is damaged).
 
-    A window of a damaged video is replaced by one of the next video, and the damage reported once.
+    A damaged video is reported once, by name. One whose header cannot be read is left out; a window of any other is
+    replaced by one of the next video.
 
     Raises:
         ValueError: no video is long enough.
+        ImportError: the package that reads this kind of source is not installed.
     """
 
     def __init__(
         self, videos: Sequence[Video], clip_length: int, stride: int = 1, *, flip: float = 0.0, segments: bool = False
     ):
         self.span, self.stride, self.flip = (clip_length - 1) * stride + 1, stride, flip
-        lengths = np.array([len(video) for video in videos], dtype=np.int64)
+        self.damaged: set[str] = set()
+        lengths = np.zeros(len(videos), np.int64)
+        for i, video in enumerate(videos):
+            with self._reported(video):
+                lengths[i] = len(video)
         self.videos = [video for video, length in zip(videos, lengths) if length >= self.span]
         if not self.videos:
+            damaged = f"; damaged: {', '.join(sorted(self.damaged)[:5])}" if self.damaged else ""
             raise ValueError(
                 f"none of {len(videos)} videos has the {self.span} frames of a clip (clip_length={clip_length}, "
-                f"frame_stride={stride}); the longest has {lengths.max(initial=0)}"
+                f"frame_stride={stride}); the longest has {lengths.max(initial=0)}{damaged}"
             )
-        short = len(videos) - len(self.videos)
+        short = len(videos) - len(self.videos) - len(self.damaged)
         if short:
             logger.warning("%d of %d videos are shorter than a clip of %d frames", short, len(videos), self.span)
         self.ends = np.cumsum(lengths[lengths >= self.span] - self.span + 1)
-        self.segments = segments and self.videos[0].segments() is not None
-        self.damaged: set[str] = set()
+        self.segments = segments and self._know_segments()
+
+    @contextmanager
+    def _reported(self, video: Video) -> Iterator[None]:
+        """Whatever a decoder raises is the fault of the video, which is then reported once."""
+        try:
+            yield
+        except ImportError:
+            raise
+        except Exception as error:
+            if video.name not in self.damaged:
+                self.damaged.add(video.name)
+                logger.warning("video %s is damaged and passed over: %s", video.name, error)
+
+    def _know_segments(self) -> bool:
+        for video in self.videos:
+            with self._reported(video):
+                return video.segments() is not None
+        return False
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -99,22 +123,18 @@ class VideoClips(torch.utils.data.Dataset):
         start = index - (int(self.ends[video - 1]) if video else 0)
         for attempt in range(len(self.videos)):
             chosen = self.videos[(video + attempt) % len(self.videos)]
-            first = min(start, len(chosen) - self.span)
-            try:
+            with self._reported(chosen):
+                first = min(start, len(chosen) - self.span)
                 frames = chosen.frames(first, first + self.span, self.stride)
                 if len(frames) * self.stride < self.span:
                     raise ValueError(f"it announced {len(chosen)} frames and ends before them")
                 clip = {"frames": frames}
                 if self.segments:
-                    clip["segments"] = np.asarray(chosen.segments()[first : first + self.span : self.stride], np.int64)
-            except Exception as error:  # whatever a decoder raises is the fault of this video
-                if chosen.name not in self.damaged:
-                    self.damaged.add(chosen.name)
-                    logger.warning("video %s is damaged and passed over: %s", chosen.name, error)
-                continue
-            if np.random.random() < self.flip:
-                clip = {name: np.flip(value, axis=2) for name, value in clip.items()}
-            return clip
+                    segments = chosen.segments()
+                    if segments is None:
+                        raise ValueError("it has no segments, which the first video has")
+                    clip["segments"] = np.asarray(segments[first : first + self.span : self.stride], np.int64)
+                return _flipped(clip, self.flip)
         raise ValueError(f"none of the {len(self.videos)} videos can be read: " + ", ".join(sorted(self.damaged)[:5]))
 
 
@@ -151,9 +171,14 @@ class RandomPushT(torch.utils.data.Dataset):
         clip = {"frames": render(states)}
         if self.segments:
             clip["segments"] = push_t_segments(states, render)
-        if np.random.random() < self.flip:
-            clip = {name: np.flip(value, axis=2) for name, value in clip.items()}
-        return clip
+        return _flipped(clip, self.flip)
+
+
+def _flipped(clip: dict[str, np.ndarray], probability: float) -> dict[str, np.ndarray]:
+    """`clip`, mirrored with that probability."""
+    if np.random.random() < probability:
+        clip = {name: np.flip(value, axis=2) for name, value in clip.items()}
+    return clip
 
 
 def random_motion(num_frames: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -185,7 +210,7 @@ class ClipCollate:
     image_processor: Callable
 
     def __call__(self, clips: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Tensor]:
-        frames = [np.ascontiguousarray(clip["frames"]) for clip in clips]
+        frames = [clip["frames"] for clip in clips]
         batch = {"pixel_values": torch.as_tensor(self.image_processor(frames, return_tensors="pt")["pixel_values"])}
         if "segments" in clips[0]:
             batch["segments"] = torch.from_numpy(np.stack([clip["segments"] for clip in clips]))
@@ -242,28 +267,6 @@ def _terms(output) -> dict[str, Tensor]:
 # --- from arguments to a trained folder ------------------------------------------------------------------------------
 
 
-def config_arguments(config_class: type) -> type:
-    """A dataclass with the config's fields as optional command-line arguments."""
-    fields = []
-    for name in config_class.__annotations__:
-        if name != "model_type":
-            text = f"{config_class.__name__}.{name}; default {getattr(config_class, name, None)!r}".replace("%", "%%")
-            fields.append((name, str | None, HfArg(default=None, help=text)))
-    return make_dataclass("ConfigArguments", fields, kw_only=True)
-
-
-def config_overrides(arguments: Any) -> dict[str, Any]:
-    """The fields given, as the config takes them: JSON is read as JSON, "4,8" as [4, 8], "none" as None."""
-    overrides = {}
-    for name, value in asdict(arguments).items():
-        if isinstance(value, str):
-            value = json.loads(value) if value.startswith("{") else parse_value(value)
-        elif value is None:
-            continue
-        overrides[name] = value
-    return overrides
-
-
 def train_on_clips(
     arguments_class: type[ClipTrainArguments],
     config_class: type,
@@ -278,40 +281,28 @@ def train_on_clips(
     args, fields = parse_arguments([arguments_class, config_arguments(config_class)], argv, description=description)
     overrides = config_overrides(fields)
     accelerator = make_accelerator(args)
-    if args.push_to_hub and accelerator.is_main_process:
-        create_hub_repository(args)
     torch.manual_seed(args.seed)
     model, train_processor, saved_processor = build(args, overrides)
     with accelerator.main_process_first():
         clips, eval_clips = open_clips(args)
-    try:
-        result = train(
-            model,
-            clips,
-            eval_clips,
-            clip_loss,
-            args,
-            metric_fn=clip_metrics,
-            collate=ClipCollate(train_processor),
-            accelerator=accelerator,
+
+    def files(result):
+        results = training_results(
+            result,
+            (p for p in model.parameters() if p.requires_grad),
+            args.dataset or "Push-T, every object at random",
         )
-    except KeyboardInterrupt as interrupt:
-        raise SystemExit(f"stopped: {interrupt}") from None
-    if accelerator.is_main_process:
-        given = {name: value for name, value in asdict(args).items() if value is not None}
-        results = {
-            "step": result.step,
-            "training_seconds": round(result.seconds, 1),
-            "validation": result.metrics,
-            "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        }
-        files = {
-            "training_args.json": json.dumps(given | overrides, indent=2),  # can be given back as the first argument
-            "training_results.json": json.dumps(results, indent=2),
-            "preprocessor_config.json": saved_processor.to_json_string(),
-        }
-        save_model_folder(model, args.output_dir, files)
-        if args.push_to_hub:
-            print(push_folder_to_hub(args))
-    accelerator.wait_for_everyone()
-    return result
+        preprocessor = {"preprocessor_config.json": saved_processor.to_json_string()}
+        return result_files(args, overrides, results) | preprocessor
+
+    return train_and_save(
+        model,
+        clips,
+        eval_clips,
+        clip_loss,
+        args,
+        files,
+        accelerator,
+        metric_fn=clip_metrics,
+        collate=ClipCollate(train_processor),
+    )

@@ -910,6 +910,56 @@ def save_model_folder(model: nn.Module, folder: str | Path, files: Mapping[str, 
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def train_and_save(
+    model: nn.Module,
+    train_dataset: Dataset | Iterable,
+    eval_dataset: Dataset | None,
+    loss_fn: LossFunction,
+    args: TrainArguments,
+    files: Callable[[TrainResult], Mapping[str, str]],
+    accelerator: Accelerator,
+    **options,
+) -> TrainResult:
+    """[`train`] (which takes `options`) as a script: then the main process saves the model with the text `files(result)`,
+    and uploads them if `args` say so. Ctrl-C and SIGTERM end the program (SystemExit)."""
+    if args.push_to_hub and accelerator.is_main_process:
+        create_hub_repository(args)
+    try:
+        result = train(model, train_dataset, eval_dataset, loss_fn, args, accelerator=accelerator, **options)
+    except KeyboardInterrupt as interrupt:
+        raise SystemExit(f"stopped: {interrupt}") from None
+    if accelerator.is_main_process:
+        save_model_folder(model, args.output_dir, files(result))
+        if args.push_to_hub:
+            print(push_folder_to_hub(args), file=sys.stderr)
+    accelerator.wait_for_everyone()
+    return result
+
+
+def training_results(
+    result: TrainResult, parameters: Iterable[nn.Parameter], dataset: str, **more: Any
+) -> dict[str, Any]:
+    """What `training_results.json` says. Of a `dataset` folder it is the name alone: its place on this machine means
+    nothing elsewhere. `parameters` are those to count, `more` is added as it is."""
+    return {
+        "dataset": Path(dataset).name if Path(dataset).exists() else dataset,
+        "step": result.step,
+        "training_seconds": round(result.seconds, 1),
+        "validation": result.metrics,
+        "parameters": sum(p.numel() for p in parameters),
+        **more,
+    }
+
+
+def result_files(args: TrainArguments, overrides: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, str]:
+    """Texts of `training_args.json`, which can be given back as the first argument, and `training_results.json`."""
+    arguments = {name: value for name, value in asdict(args).items() if value is not None}
+    return {
+        "training_args.json": json.dumps(arguments | dict(overrides), indent=2),
+        "training_results.json": json.dumps(results, indent=2),
+    }
+
+
 def create_hub_repository(args: TrainArguments) -> None:
     """Creates the repository before the training, so that a missing token or right shows at once."""
     from huggingface_hub import HfApi
