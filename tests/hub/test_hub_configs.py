@@ -1,6 +1,7 @@
 """Every entry of hub_configs is complete, says what the paper says, and fits the released weights at full size."""
 
 import json
+import math
 import pickle
 import re
 import zipfile
@@ -103,6 +104,13 @@ def test_the_encoders_have_their_own_settings():
     # the released world models hold no decoder
     assert inside == {key: value for key, value in alone.items() if key != "architectures"} | {"use_decoder": False}
     assert alone["use_decoder"] and read("videosaur-clevrer")["use_decoder"]
+
+
+def test_the_listed_tensors_have_as_many_numbers_as_the_released_models():
+    counts = {kind: sum(map(math.prod, shapes.values())) for kind, shapes in KEYS.items()}
+    assert counts["videosaur"] == 26_277_956 and counts["aloe"] == 2_879_437
+    assert counts["savi"] == 1_198_980 + 4 * (64**2 + 8**2)  # its two grids are no parameters
+    assert counts["predictor"] + 16 * 128 == 3_592_064 and counts["predictor"] + 4 * 128 == 3_590_528
 
 
 @pytest.mark.parametrize("name", sorted({re.sub(r"\dof", "1of", name) for name in RELEASED}))
