@@ -306,7 +306,7 @@ def collect(arguments, _) -> None:
 
 
 def extract(arguments, _) -> None:
-    from cjepa_hf.data.extract import extract_slots, push_slots
+    from cjepa_hf.data.extract import extract_slots
 
     if arguments.encoder == "state":
         folder = _extract_states(arguments)
@@ -342,7 +342,11 @@ def extract(arguments, _) -> None:
     )
     if not is_first:
         return
-    address = push_slots(folder, arguments.push_to_hub) if arguments.push_to_hub else None
+    address = None
+    if arguments.push_to_hub:
+        from cjepa_hf.hub.publish import publish
+
+        address = publish(folder, arguments.push_to_hub)["url"]
     print((folder / "slot_dataset.json").read_text() if arguments.json else f"Slots in {folder}")
     if address and not arguments.json:
         print(f"Uploaded to {address}")

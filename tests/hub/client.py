@@ -72,12 +72,22 @@ def upload_slots(folder):
     return np.asarray(load_slot_dataset(folder / "slots").data[0]["slots"])[0, 0].tolist()
 
 
+def leave_behind(repo, kind, *names):
+    """A repository with files of an earlier upload."""
+    HfApi().create_repo(repo, repo_type=kind)
+    for name in names:
+        HfApi().upload_file(repo_id=repo, repo_type=kind, path_or_fileobj=b"old", path_in_repo=name)
+
+
 def train_and_push(folder):
     words = (
         "train cjepa --dataset tester/slots --slot_encoder tester/encoder --max_steps 2 --batch_size 4 --use_cpu true"
     )
     words += " --eval_every 0 --save_every 1 --num_hidden_layers 1 --num_attention_heads 2 --intermediate_size 32"
     words += " --history_length 2 --push_to_hub --hub_model_id tester/trained"
+    leave_behind("tester/trained", "model", "model-00001-of-00002.safetensors", "pytorch_model.bin", "notes.txt")
+    (folder / "trained").mkdir()
+    (folder / "trained" / "mine.pkl").write_bytes(b"no business of the Hub's")
     return main([*words.split(), "--output_dir", str(folder / "trained")])
 
 
@@ -85,6 +95,7 @@ def extract_and_push(folder):
     """From files on this computer, with an encoder of the Hub, to a dataset on the Hub."""
     (folder / "clips").mkdir()
     np.save(folder / "clips" / "a.npy", np.random.default_rng(0).integers(0, 255, (9, 64, 64, 3), dtype=np.uint8))
+    leave_behind("tester/extracted", "dataset", "data/train-00001-of-00002.parquet", "notes.txt")
     words = ["extract", folder / "clips", "--encoder", "tester/encoder", "--output-dir", folder / "extracted"]
     return main([*map(str, words), "--preview", "1", "--push_to_hub", "tester/extracted"])
 

@@ -32,6 +32,10 @@ def files(store, kind, name):
     return {str(path.relative_to(folder / commit)) for path in (folder / commit).rglob("*") if path.is_file()}
 
 
+def commits(store, kind, name):
+    return len(json.loads((store / kind / "tester" / name / "refs.json").read_text())["log"])
+
+
 def test_a_pushed_model_loads_by_its_id_and_by_autoclass(published, loaded):
     old, new = value(published, "push_model")["predicted"]
     result = value(loaded, "load_model")
@@ -65,7 +69,10 @@ def test_an_extracted_dataset_is_uploaded_with_its_card_and_previews(hub, publis
     assert value(published, "extract_and_push") == 0
     uploaded = files(hub[0], "datasets", "extracted")
     assert uploaded >= {"slot_dataset.json", "README.md", "data/train-00000-of-00001.parquet", "preview/a.gif"}
+    # and none of the shards of an earlier upload
+    assert "notes.txt" in uploaded and sum(name.endswith(".parquet") for name in uploaded) == 1
     assert not [name for name in uploaded if ".partial" in name]
+    assert commits(hub[0], "datasets", "extracted") == 2 + 1
 
 
 def test_training_reads_from_the_hub_and_uploads_model_and_card(hub, published):
@@ -74,6 +81,9 @@ def test_training_reads_from_the_hub_and_uploads_model_and_card(hub, published):
     assert uploaded >= {"model.safetensors", "config.json", "preprocessor_config.json", "README.md"}
     assert uploaded >= {"training_args.json", "training_results.json"}
     assert not [name for name in uploaded if "checkpoints" in name]
+    weights = [name for name in uploaded if name.endswith((".bin", ".pkl", ".safetensors"))]
+    assert weights == ["model.safetensors"] and "notes.txt" in uploaded  # no pickle, nothing of an earlier upload
+    assert commits(hub[0], "models", "trained") == 3 + 1
     folder = hub[0] / "models" / "tester" / "trained"
     commit = json.loads((folder / "refs.json").read_text())["branches"]["main"]
     card = (folder / commit / "README.md").read_text()

@@ -18,7 +18,6 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
-from huggingface_hub import HfApi
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoModel
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
@@ -26,7 +25,7 @@ from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPI
 from .slots import METADATA_FILE, PARTIAL_FOLDER, SlotDatasetWriter, fingerprint, writer_arguments
 from .video import Video, check_lengths, open_source
 
-__all__ = ["encode_videos", "extract_slots", "push_slots"]
+__all__ = ["encode_videos", "extract_slots"]
 
 logger = logging.getLogger(__name__)
 
@@ -200,24 +199,6 @@ def _report_damaged(output_dir: Path, name: str, strict: bool) -> None:
     if strict:
         raise ValueError(f"{message}. The dataset in {output_dir} is complete without them")
     logger.warning("%s", message)
-
-
-def push_slots(folder: str | os.PathLike, repo_id: str, *, private: bool | None = None) -> str:
-    """Upload a finished slot dataset, its card and its previews to the Hub. Returns the address.
-
-    Args:
-        folder: a finished slot dataset.
-        repo_id: `owner/name`; made if it does not exist.
-    """
-    if not (Path(folder) / METADATA_FILE).is_file():
-        raise ValueError(f"{folder} is not a finished slot dataset: it has no {METADATA_FILE}. Finish the extraction")
-    api = HfApi()
-    address = api.create_repo(repo_id, repo_type="dataset", exist_ok=True, private=private)
-    api.upload_folder(
-        repo_id=address.repo_id, repo_type="dataset", folder_path=folder, ignore_patterns=[f"{PARTIAL_FOLDER}/*"],
-        commit_message="Slot dataset",
-    )  # fmt: skip
-    return str(address)
 
 
 def _header(video: Video) -> tuple[int, float | None]:

@@ -968,12 +968,17 @@ def create_hub_repository(args: TrainArguments) -> None:
 
 
 def push_folder_to_hub(args: TrainArguments) -> str:
-    """Uploads the trained folder, without its checkpoints and logs of trackers; returns the commit's address."""
+    """Uploads weights (safetensors alone), json and card of the trained folder in one commit; returns its address.
+
+    Weights that an earlier upload left, which would be loaded beside or instead of the new ones, go with the same commit.
+    """
     from huggingface_hub import HfApi
 
     return HfApi().upload_folder(
         repo_id=args.hub_model_id,
         folder_path=args.output_dir,
         commit_message="Trained model",
-        ignore_patterns=["checkpoints/*", ".*", "*/events.out.tfevents*"],
+        allow_patterns=["*.safetensors", "*.json", "*.jsonl", "README.md", "LICENSE"],
+        ignore_patterns=["*/*", ".*"],  # checkpoints and logs of trackers
+        delete_patterns=["model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin*"],
     )
