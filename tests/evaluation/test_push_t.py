@@ -99,6 +99,11 @@ def test_policies_are_named_by_what_they_do():
         True,
     )
     assert make_policy(model, "default").schedule == "shrinking"
+    held = make_policy(model, "cem:100x10:15/held=5").planner
+    assert (held.num_samples, held.held_steps) == (100, 5)
+    model.config.planning_window = 1
+    windows = {name: make_policy(model, name).rollout_options["window"] for name in ("default", "paper")}
+    assert windows == {"default": 1, "paper": None}
     for wrong in ("cem:100", "default/sometimes", "best"):
         with pytest.raises(ValueError, match=wrong.split("/")[-1]):
             make_policy(model, wrong)

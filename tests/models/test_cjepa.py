@@ -469,6 +469,7 @@ def test_actions_for_a_model_without_them_are_refused():
         (dict(num_masked_slots=5), "num_slots=4"),
         (dict(mask_probability=1.5), "mask_probability"),
         (dict(visible_prefix=3), "nothing to hide"),
+        (dict(planning_window=4), "planning_window=4 must lie in 1..history_length=3"),
         (dict(action_size=10, action_embedding_size=10), "concat"),
     ],
 )

@@ -31,7 +31,7 @@ def make_policy(model: SlotWorldModel, text: str, *, image_processor=None, seed:
     if name == "paper":
         matched = getattr(model.config, "token_type", "slots") == "slots"
         options = {"planner": CEMPlanner(), "cost": SlotGoalCost(match_slots=matched), "schedule": "receding"}
-        options["match_slots"] = matched
+        options |= {"match_slots": matched, "window": None}
     elif name != "default":
         match = re.fullmatch(r"cem:(\d+)x(\d+):(\d+)", name)
         if match is None:

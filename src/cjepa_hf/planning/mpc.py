@@ -368,8 +368,9 @@ def default_policy(
 ) -> MPCPolicy:
     """
     The policy of `cjepa-hf demo` and `cjepa-hf evaluate`: a short CEM, planned again after every block with a shrinking
-    horizon. Slots are compared by their place in the set where they keep their roles
-    (`model.slots_keep_roles`), else by optimal assignment. `options` override arguments of [`MPCPolicy`].
+    horizon. Slots are compared by their place in the set where they keep their roles (`model.slots_keep_roles`), else by
+    optimal assignment; at most `model.config.planning_window` frames are seen. `options` override arguments of
+    [`MPCPolicy`].
     """
     matched = needs_matching(model)
     defaults = {
@@ -377,6 +378,7 @@ def default_policy(
         "cost": SlotGoalCost(match_slots=matched),
         "schedule": "shrinking",
         "match_slots": matched,
+        "window": getattr(model.config, "planning_window", None),
         "generator": torch.Generator().manual_seed(seed),
     }
     return MPCPolicy(model, image_processor=image_processor, **(defaults | options))

@@ -80,6 +80,9 @@ class CJepaConfig(PreTrainedConfig):
             from the state continued at constant velocity.
         anchor (`"first"` or `"last_visible"`, defaults to `"first"`): Ours with "last_visible". Which visible frame of a
             slot identifies its hidden tokens.
+        planning_window (`int`, *optional*): Ours. Frames the predictor sees at most when a plan is imagined,
+            history_length by default. A model trained with histories of every length, in a scene that one frame and
+            proprioception describe, plans as well from 1 at less than half of the cost.
         slot_encoder_config (`dict` or `PreTrainedConfig`, *optional*): Configuration of the slot encoder that the
             checkpoint carries, if it does.
     """
@@ -120,6 +123,7 @@ class CJepaConfig(PreTrainedConfig):
     norm_first: bool = False
     residual_prediction: Literal["last", "velocity"] | None = None
     anchor: Literal["first", "last_visible"] = "first"
+    planning_window: int | None = None
 
     slot_encoder_config: dict | PreTrainedConfig | None = None
 
@@ -207,6 +211,10 @@ class CJepaConfig(PreTrainedConfig):
             )
         if not 0.0 <= self.mask_probability <= 1.0:
             raise ValueError(f"mask_probability={self.mask_probability} must lie in [0, 1].")
+        if self.planning_window is not None and not 1 <= self.planning_window <= self.history_length:
+            raise ValueError(
+                f"planning_window={self.planning_window} must lie in 1..history_length={self.history_length}, or be None."
+            )
         if self.huber_delta <= 0:
             raise ValueError(f"huber_delta={self.huber_delta} must be positive.")
 
