@@ -36,7 +36,7 @@ def main() -> None:
     import torch
 
     from cjepa_hf import CJepaConfig, CJepaModel
-    from cjepa_hf.planning import CEMPlanner, RolloutCost, SlotGoalCost, default_planner
+    from cjepa_hf.planning import CEMPlanner, RolloutCost, SlotGoalCost, default_planner, default_replanner
 
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -85,13 +85,14 @@ def main() -> None:
     if args.model:
         model = CJepaModel.from_pretrained(args.model, use_safetensors=True).eval().to(device)
         result["plans"] = {"model": args.model, "model_dtype": str(model.dtype), "tasks": args.tasks, "planners": {}}
+        small = {"match_slots": False, "window": getattr(model.config, "planning_window", None)}
         kinds = {
-            "paper": (CEMPlanner(), (5,), {"match_slots": True}),
-            "default": (default_planner(), (5, 4, 3, 2, 1), {"match_slots": False}),
+            "paper": ((CEMPlanner(),), {"match_slots": True}),
+            "default": ((default_planner(model.config.frame_skip), *4 * (default_replanner(),)), small),
         }
-        for name, (planner, horizons, options) in kinds.items():
+        for name, (planners, options) in kinds.items():
             rows = []
-            for horizon in horizons:
+            for horizon, planner in zip(range(5, 0, -1), planners, strict=False):
                 cost_fn = cost_of(model, args.tasks, **options)
 
                 def plan(planner=planner, cost_fn=cost_fn, horizon=horizon):
@@ -101,8 +102,14 @@ def main() -> None:
                     )
 
                 plan()
-                rows.append({"horizon": horizon, **summary(seconds(plan, args.repeats, synchronize))})
-            result["plans"]["planners"][name] = {"planner": repr(planner), **options, "plans": rows}
+                rows.append(
+                    {"horizon": horizon, "planner": repr(planner), **summary(seconds(plan, args.repeats, synchronize))}
+                )
+            result["plans"]["planners"][name] = {
+                **options,
+                "plans": rows,
+                "seconds_until_the_goal": sum(row["median_s"] for row in rows),
+            }
     write_result(result, args.output)
 
 

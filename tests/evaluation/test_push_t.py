@@ -104,6 +104,6 @@ def test_policies_are_named_by_what_they_do():
     model.config.planning_window = 1
     windows = {name: make_policy(model, name).rollout_options["window"] for name in ("default", "paper")}
     assert windows == {"default": 1, "paper": None}
-    for wrong in ("cem:100", "default/sometimes", "best"):
+    for wrong in ("cem:100", "default/sometimes", "default/held=5", "best"):
         with pytest.raises(ValueError, match=wrong.split("/")[-1]):
             make_policy(model, wrong)

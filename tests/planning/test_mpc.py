@@ -131,6 +131,25 @@ def test_a_plan_starts_from_the_rest_of_the_previous_one():
     assert torch.equal(initials[1][:, :3], first[:, 2:]) and (initials[1][:, 3:] == 0).all()
 
 
+def test_plans_that_go_on_from_the_last_one_are_the_replanners():
+    start, goal = tasks()
+    again = CEMPlanner(num_samples=7, num_iterations=1, num_elites=2, var_scale=1e-6)
+    model = ExactModel()
+    policy = MPCPolicy(model, planner(), replanner=again, schedule="shrinking")
+    execute(policy, start, goal, 30)
+    shapes = [tuple(call["actions"].shape[1:3]) for call in model.calls]
+    counts = {horizon: {samples for samples, h in shapes if h == horizon} for horizon in range(1, 6)}
+    assert 7 not in counts[5] and all(counts[horizon] <= {7, 1} for horizon in range(1, 5))
+
+
+def test_the_default_holds_pushes_over_a_block_and_corrects_them_action_by_action():
+    policy = MPCPolicy(ExactModel())
+    assert (policy.planner.held_steps, policy.replanner.held_steps) == (FRAME_SKIP, 1)
+    assert policy.replanner.var_scale < policy.planner.var_scale
+    given = planner()
+    assert MPCPolicy(ExactModel(), given).replanner is given
+
+
 def test_finished_tasks_leave_the_batch():
     start, goal = tasks()
     model = ExactModel()

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from cjepa_hf.planning import CEMPlanner, ICEMPlanner, MPPIPlanner, default_planner
+from cjepa_hf.planning import CEMPlanner, ICEMPlanner, MPPIPlanner
 from cjepa_hf.planning.planners import colored_noise
 
 PLANNERS = [
@@ -198,9 +198,3 @@ def test_mppi_does_not_depend_on_the_scale_of_the_cost():
 def test_settings_that_cannot_work_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
-
-
-def test_default_planner_imagines_a_twentieth_of_the_papers_candidates():
-    paper, default = CEMPlanner(), default_planner()
-    ratio = (default.num_samples * default.num_iterations) / (paper.num_samples * paper.num_iterations)
-    assert ratio <= 1 / 20

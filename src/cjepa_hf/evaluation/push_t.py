@@ -143,12 +143,14 @@ def simulator_policy(
     *,
     frame_skip: int,
     planner: CEMPlanner | None = None,
+    replanner: CEMPlanner | None = None,
     schedule: str = "shrinking",
     generator: torch.Generator | None = None,
 ) -> MPCPolicy:
     """The true simulator in the place of the world model: what a perfect model would reach with this planner."""
     policy = MPCPolicy(
         planner=planner,
+        replanner=replanner,
         make_cost=lambda observation, goal: _SimulatorCost(policy, observation, goal),
         frame_skip=frame_skip,
         schedule=schedule,

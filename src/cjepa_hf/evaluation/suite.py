@@ -17,14 +17,14 @@ from cjepa_hf.evaluation.push_t import run_baseline, run_policy, select_tasks, s
 from cjepa_hf.models.cjepa import SlotWorldModel
 from cjepa_hf.planning.costs import SlotGoalCost
 from cjepa_hf.planning.mpc import MPCPolicy, default_policy
-from cjepa_hf.planning.planners import CEMPlanner, default_planner
+from cjepa_hf.planning.planners import CEMPlanner
 
 
 def make_policy(model: SlotWorldModel, text: str, *, image_processor=None, seed: int = 0) -> MPCPolicy:
     """
     The policy that a name describes: "default" ([`default_policy`]), "paper" (the paper's CEM, receding horizon, windows
     of the full history, slots matched throughout, patches never), or "cem:SAMPLESxITERATIONS:ELITES" (the default with
-    another CEM); "/receding", "/shrinking", "/window=W" and "/held=STEPS" after it override single settings.
+    another CEM); "/receding", "/shrinking", "/window=W" and (with cem) "/held=STEPS" override single settings.
     """
     name, *changes = text.split("/")
     options: dict[str, Any] = {}
@@ -45,11 +45,13 @@ def make_policy(model: SlotWorldModel, text: str, *, image_processor=None, seed:
             options["schedule"] = change
         elif re.fullmatch(r"window=\d+", change):
             options["window"] = int(change.removeprefix("window="))
-        elif re.fullmatch(r"held=\d+", change):
+        elif re.fullmatch(r"held=\d+", change) and "planner" in options:
             steps = int(change.removeprefix("held="))
-            options["planner"] = dataclasses.replace(options.get("planner") or default_planner(), held_steps=steps)
+            options["planner"] = dataclasses.replace(options["planner"], held_steps=steps)
         else:
-            raise ValueError(f"planner {text!r}: {change!r} is not receding, shrinking, window=W or held=STEPS.")
+            raise ValueError(
+                f"planner {text!r}: {change!r} is not receding, shrinking, window=W or (after cem:...) held=STEPS."
+            )
     return default_policy(model, image_processor=image_processor, seed=seed, **options)
 
 
@@ -133,6 +135,7 @@ def evaluate_push_t(
             net.action_std.cpu(),
             frame_skip=net.config.frame_skip,
             planner=like.planner,
+            replanner=like.replanner,
             schedule=like.schedule,
             generator=torch.Generator().manual_seed(seeds[0]),
         )

@@ -153,7 +153,7 @@ class GoalPlanningPipeline(Pipeline):
         action_bounds: tuple[float, float] | None = (-1.0, 1.0),
     ) -> dict[str, Any]:
         if planner is None:
-            planner = default_planner()
+            planner = default_planner(self.model.config.frame_skip)
         elif isinstance(planner, str):
             if planner not in _PLANNERS:
                 raise ValueError(f"planner must be one of {sorted(_PLANNERS)} or a planner object, got {planner!r}")

@@ -2,7 +2,7 @@
 
 from .costs import RolloutCost, SlotGoalCost
 from .mpc import MPCPlan, MPCPolicy, default_policy
-from .planners import CEMPlanner, ICEMPlanner, MPPIPlanner, PlannerOutput, default_planner
+from .planners import CEMPlanner, ICEMPlanner, MPPIPlanner, PlannerOutput, default_planner, default_replanner
 
 __all__ = [
     "CEMPlanner",
@@ -15,4 +15,5 @@ __all__ = [
     "SlotGoalCost",
     "default_planner",
     "default_policy",
+    "default_replanner",
 ]

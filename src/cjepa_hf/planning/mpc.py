@@ -12,7 +12,7 @@ import torch
 from cjepa_hf.models.cjepa import SlotWorldModel
 
 from .costs import Objective, RolloutCost, SlotGoalCost
-from .planners import CEMPlanner, CostFn, default_planner
+from .planners import CEMPlanner, CostFn, default_planner, default_replanner
 
 # Batched over tasks, in environment units: "slots" [B, N, D], or "pixels" (uint8 [B, H, W, 3] or a list of images), or
 # "pixel_values" [B, 3, H, W] as an image processor returns them; "proprio" [B, P]; whatever else `make_cost` reads.
@@ -56,7 +56,10 @@ class MPCPolicy:
     Args:
         model: a [`CJepaModel`] or [`DinoWmModel`] with action statistics (and proprioception statistics if it takes any).
             May be left out when `make_cost`, `frame_skip`, `action_mean` and `action_std` are given.
-        planner: see `cjepa_hf.planning.planners` (`default_planner()` without).
+        planner: see `cjepa_hf.planning.planners` (`default_planner` without).
+        replanner: planner of the plans that start from what is left of the last one: they correct that plan and need not
+            find it, so that fewer samples of a smaller deviation suffice. Without, `planner` (and `default_replanner` if
+            that is left out too).
         cost: objective on imagined slots, [`SlotGoalCost`] without.
         make_cost: `make_cost(observation, goal) -> cost_fn(actions [b, S, H, A]) -> [b, S]` in place of the model's
             rollout, for example the true simulator. Observation and goal hold the rows of the active tasks; actions are
@@ -85,6 +88,7 @@ class MPCPolicy:
         planner: CEMPlanner | None = None,
         cost: Objective | None = None,
         *,
+        replanner: CEMPlanner | None = None,
         make_cost: Callable[[Observation, Observation], CostFn] | None = None,
         frame_skip: int | None = None,
         horizon: int = 5,
@@ -137,7 +141,10 @@ class MPCPolicy:
                 f"an action block of size {len(self._mean)} does not split into frame_skip={self.frame_skip} actions"
             )
         self.model = model
-        self.planner = planner if planner is not None else default_planner()
+        if planner is None:
+            planner, replanner = default_planner(self.frame_skip), replanner or default_replanner()
+        self.planner = planner
+        self.replanner = replanner if replanner is not None else planner
         self.cost = cost if cost is not None else SlotGoalCost()
         self.make_cost = make_cost
         self.horizon = horizon
@@ -252,7 +259,7 @@ class MPCPolicy:
         if self.action_bounds is not None:
             bounds = tuple((bound - self._mean) / self._std for bound in self.action_bounds)
         device = "cpu" if self.model is None else self.model.device
-        output = self.planner.plan_with_info(
+        output = (self.planner if initial is None else self.replanner).plan_with_info(
             cost_fn,
             batch_size=len(tasks),
             horizon=horizon,
@@ -367,14 +374,13 @@ def default_policy(
     model: SlotWorldModel, *, image_processor: Callable | None = None, seed: int = 0, **options
 ) -> MPCPolicy:
     """
-    The policy of `cjepa-hf demo` and `cjepa-hf evaluate`: a short CEM, planned again after every block with a shrinking
-    horizon. Slots are compared by their place in the set where they keep their roles (`model.slots_keep_roles`), else by
+    The policy of `cjepa-hf demo` and `cjepa-hf evaluate`: [`default_planner`], and [`default_replanner`] after every block
+    with a shrinking horizon. Slots are compared by their place in the set where they keep their roles (`model.slots_keep_roles`), else by
     optimal assignment; at most `model.config.planning_window` frames are seen. `options` override arguments of
     [`MPCPolicy`].
     """
     matched = needs_matching(model)
     defaults = {
-        "planner": default_planner(),
         "cost": SlotGoalCost(match_slots=matched),
         "schedule": "shrinking",
         "match_slots": matched,
