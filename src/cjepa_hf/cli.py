@@ -115,10 +115,22 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("model", nargs="?", choices=["cjepa", "dino-wm", "color-isa", "savi", "videosaur"])
     sub.add_argument("-h", "--help", action="store_true", dest="show_help")
 
-    sub = command("evaluate", evaluate, "Success of a world model and its controls on a frozen Push-T protocol.")
-    sub.add_argument("--model", help="folder or Hub id (default: the shipped one)")
-    sub.add_argument("--protocol", default="pusht-25", help="(default: %(default)s)")
+    sub = command(
+        "evaluate", evaluate, "A world model and its controls on a frozen protocol: planning on Push-T, or cf-rollout."
+    )
+    sub.add_argument("--model", nargs="+", help="folder or Hub id (default: the shipped one); cf-rollout: any number")
+    sub.add_argument("--protocol", default="pusht-25", help="pusht-25 or cf-rollout (default: %(default)s)")
     sub.add_argument("--num-tasks", type=int, help="only the first tasks (default: all)")
+    sub.add_argument("--dataset", help="cf-rollout: state slots with the splits train and validation, for the readout")
+    sub.add_argument("--start", nargs="+", default=["B", "A"], choices=["A", "B"],
+                     help="cf-rollout: imagine from the beginning (A), from the removed object's first contact (B)")  # fmt: skip
+    sub.add_argument("--operator", nargs="+", default=["empty"], choices=["empty", "drop", "mask"],
+                     help="cf-rollout: how the object is taken away (default: empty)")  # fmt: skip
+    sub.add_argument(
+        "--slot-encoder", help="cf-rollout: folder or Hub id (default: the one in the model, else states)"
+    )
+    sub.add_argument("--text-only", help="cf-rollout: an ALOE trained with --text_only true")
+    sub.add_argument("--occluded", action="store_true", help="cf-rollout: also hide the history of an object")
     sub.add_argument(
         "--planner", nargs="+", default=["default"], metavar="PLANNER",
         help="default (short CEM, replanned after every block), paper (the paper's CEM), cem:SAMPLESxITERATIONS:ELITES; "
@@ -393,13 +405,37 @@ def train(arguments, rest) -> None:
 
 
 def evaluate(arguments, _) -> None:
-    from cjepa_hf.evaluation.suite import evaluate_push_t, print_evaluation
-
     output = Path(arguments.output) if arguments.output else None
     if output:  # before the work, so that a wrong path costs none
         output.parent.mkdir(parents=True, exist_ok=True)
         if output.is_dir():
             raise ValueError(f"--output {output} is a folder: give the name of a file")
+    if arguments.protocol.startswith("cf-rollout"):
+        from cjepa_hf.evaluation.counterfactual import evaluate_cf_rollout, print_cf_rollout
+
+        if not arguments.model or not arguments.dataset:
+            raise ValueError("cf-rollout needs --model FOLDER [FOLDER ...] and --dataset STATE_SLOTS")
+        results = evaluate_cf_rollout(
+            arguments.model,
+            dataset=arguments.dataset,
+            protocol=arguments.protocol,
+            num_tasks=arguments.num_tasks,
+            starts=arguments.start,
+            operators=arguments.operator,
+            slot_encoder=arguments.slot_encoder,
+            text_only=arguments.text_only,
+            occluded=arguments.occluded,
+            device=_device(arguments),
+            progress=not arguments.json,
+            on_row=(lambda results: _write(output, results)) if output else None,
+        )
+        print(json.dumps(results, indent=1)) if arguments.json else print_cf_rollout(results)
+        return
+    from cjepa_hf.evaluation.suite import evaluate_push_t, print_evaluation
+
+    if arguments.model and len(arguments.model) > 1:
+        raise ValueError(f"{arguments.protocol} takes one --model, got {len(arguments.model)}")
+    arguments.model = arguments.model[0] if arguments.model else None
     results = evaluate_push_t(
         _model(arguments),
         protocol=arguments.protocol,
