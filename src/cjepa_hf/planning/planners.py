@@ -270,12 +270,12 @@ def default_planner(frame_skip: int = 1) -> CEMPlanner:
     The planner used where none is named: CEM over pushes that are held for a whole block of `frame_skip` actions, at a
     small part of the cost of the paper's.
     """
-    return CEMPlanner(num_samples=150, num_iterations=8, num_elites=15, held_steps=frame_skip)
+    return CEMPlanner(num_samples=100, num_iterations=8, num_elites=12, held_steps=frame_skip)
 
 
 def default_replanner() -> CEMPlanner:
     """The planner that corrects a plan of [`default_planner`] once a block of it is done, action by action."""
-    return CEMPlanner(num_samples=64, num_iterations=4, num_elites=10, var_scale=0.5)
+    return CEMPlanner(num_samples=32, num_iterations=3, num_elites=8, var_scale=0.5)
 
 
 def evaluate_candidates(cost_fn: CostFn, candidates: torch.Tensor) -> torch.Tensor:
