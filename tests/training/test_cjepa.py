@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator, debug_launcher
 from accelerate.state import AcceleratorState
+from huggingface_hub.utils import filter_repo_objects
 from transformers import AutoImageProcessor
 
 from cjepa_hf.data.extract import open_encoder
@@ -414,7 +415,14 @@ def test_the_trained_folder_is_uploaded_without_checkpoints(folder, tmp_path, mo
     main(command(folder, tmp_path, "--push_to_hub", "--hub_model_id", "me/model", "--max_steps", "2"))
     assert [name for name, *_ in calls] == ["create_repo", "upload_folder"]
     assert calls[0][1] == ("me/model",)
-    assert "checkpoints/*" in calls[1][2]["ignore_patterns"] and calls[1][2]["repo_id"] == "me/model"
+    upload = calls[1][2]
+    assert upload["repo_id"] == "me/model"
+    names = [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()]
+    assert any(name.startswith("checkpoints/") for name in names)
+    patterns = {name: upload[name] for name in ("allow_patterns", "ignore_patterns")}
+    sent = set(filter_repo_objects(names, **patterns))
+    assert {"config.json", "model.safetensors", "README.md", "training_args.json"} <= sent
+    assert not any("/" in name or name.endswith((".pt", ".bin", ".pkl")) for name in sent)
 
 
 def _masked_batch() -> dict[str, torch.Tensor]:
