@@ -50,7 +50,7 @@ def main() -> None:
         proprio = torch.zeros(2, batch, config.proprio_size) if config.proprio_size else [None, None]
         return RolloutCost(
             model,
-            SlotGoalCost(),
+            SlotGoalCost(match_slots=options.get("match_slots", True)),
             slots[0].unsqueeze(1),
             slots[1],
             proprio=proprio[0].unsqueeze(1) if config.proprio_size else None,

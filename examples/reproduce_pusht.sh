@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# From nothing to the shipped Push-T checkpoint: collect, train the slot encoder, extract slots, train the world model,
-# evaluate. Every step can be run alone, and each continues where it was interrupted: run the script again.
+# From nothing to the shipped Push-T checkpoint: collect, train the slot encoder, extract slots, train the world model, go on
+# with a loss on its rollouts, evaluate. Every step can be run alone, and each continues where it was interrupted: run the
+# script again.
 #
-#     examples/reproduce_pusht.sh [folder] [step ...]       # steps: collect encoder extract world_model evaluate
+#     examples/reproduce_pusht.sh [folder] [step ...]   # steps: collect encoder extract world_model rollout evaluate
 #     SEED=1 examples/reproduce_pusht.sh runs/push_t_seed_1
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 out=${1:-runs/push_t}
 shift || true
-steps=${*:-collect encoder extract world_model evaluate}
+steps=${*:-collect encoder extract world_model rollout evaluate}
 seed=${SEED:-0}
 mkdir -p "$out"
 
@@ -22,8 +23,12 @@ for step in $steps; do
       python "$here/train.py" "$here/push_t/world_model.yaml" --dataset "$out/slots" --slot_encoder "$out/encoder" \
         --output_dir "$out/world_model" --seed "$seed"
       ;;
+    rollout)
+      python "$here/train.py" "$here/push_t/world_model_rollout.yaml" --dataset "$out/slots" \
+        --slot_encoder "$out/encoder" --init_model "$out/world_model" --output_dir "$out/world_model_rollout" --seed "$seed"
+      ;;
     evaluate)
-      cjepa-hf evaluate --model "$out/world_model" --planner default --seeds 0 1 2 --controls \
+      cjepa-hf evaluate --model "$out/world_model_rollout" --planner default --seeds 0 1 2 --controls \
         --output "$out/evaluation.json"
       ;;
     *) echo "unknown step $step" >&2; exit 2 ;;
