@@ -226,9 +226,11 @@ def _measured(path: Path) -> list[dict]:
     values = _read(path)
     file = "/".join(path.parts[-3:]) if path.parts[-3:-1] == ("benchmarks", "results") else path.name
     if "protocol" in values and "rows" in values:
+        names = [row["name"] for row in values["rows"]]
         return [
             {
-                "dataset": values["protocol"]["name"], "metric": "success_rate", "name": f"success, {row['name']}",
+                "dataset": values["protocol"]["name"], "metric": "success_rate",
+                "name": f"success, {row['name']}" + (f", planner seed {row['seed']}" if names.count(row["name"]) > 1 else ""),
                 "control": row["name"] in _CONTROLS,
                 "value": round(row["rate"], 3), "interval": (round(row["low"], 3), round(row["high"], 3)), "n": row["n"],
                 "file": file,
