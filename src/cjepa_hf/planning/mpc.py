@@ -375,9 +375,9 @@ def default_policy(
 ) -> MPCPolicy:
     """
     The policy of `cjepa-hf demo` and `cjepa-hf evaluate`: [`default_planner`], and [`default_replanner`] after every block
-    with a shrinking horizon. Slots are compared by their place in the set where they keep their roles (`model.slots_keep_roles`), else by
-    optimal assignment; at most `model.config.planning_window` frames are seen. `options` override arguments of
-    [`MPCPolicy`].
+    with a shrinking horizon. Slots are compared by their place in the set where they keep their roles
+    (`model.slots_keep_roles`), else by optimal assignment; at most `model.config.planning_window` frames are seen.
+    `options` override arguments of [`MPCPolicy`].
     """
     matched = needs_matching(model)
     defaults = {

@@ -91,7 +91,8 @@ class CEMPlanner:
             bounds: (low, high), broadcastable to [A], in the units of the actions; candidates are clamped to them.
 
         Raises:
-            ValueError: wrong shapes, an action size that `held_steps` does not divide, or a task for which no candidate of an iteration has a finite cost.
+            ValueError: wrong shapes, an action size that `held_steps` does not divide, or a task for which no candidate of
+                an iteration has a finite cost.
         """
         shape = (batch_size, horizon, action_size)
         if min(shape) < 1:
