@@ -9,17 +9,13 @@ Axes: V videos, R removals (rows), F frames of 1/25 s, J steps of 4 frames (step
 the first 6 of which are the objects by their number, D slot size, 15 pairs (`data.state_slots.OBJECT_PAIRS`).
 """
 
-import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from tqdm.auto import tqdm
-
-import cjepa_hf
 
 from ..data.slots import load_slot_dataset
 from ..data.state_slots import OBJECT_PAIRS, STATE_ENCODER
@@ -30,7 +26,7 @@ from ..slot_probe import SlotProbe
 from .contacts import ContactReadout, best_threshold, event_counts
 from .metrics import success_rate
 from .object_slots import PixelSlots, StateSlots
-from .protocols import cf_rollout_world, load_protocol
+from .protocols import cf_rollout_world, load_protocol, measured_on
 
 NEVER = 10_000  # frame of what does not happen
 VIDEO_FRAMES, FRAMES = 128, 140  # of a video; simulated, so that paths go on a little after its end
@@ -506,13 +502,7 @@ def evaluate_cf_rollout(
         "num_removals": len(removals.scene),
         "num_training_videos": num_training,
         "bootstraps": {"count": BOOTSTRAPS, "seed": 0},
-        "device": device,
-        "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "versions": {
-            "cjepa_hf": cjepa_hf.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        **measured_on(device),
         "factual": [],
         "rows": [],
         "against": [],

@@ -1,14 +1,18 @@
 """Frozen evaluation protocols. A protocol is a file: its tasks and rules never change under a name."""
 
 import json
+import platform
 import sys
 from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
 import numpy as np
+import torch
+import transformers
 from tqdm.auto import tqdm
 
+import cjepa_hf
 from cjepa_hf.simulators.push_t import push_t_success, state_errors
 
 _VALIDATION_SEED = 2_000_003
@@ -240,3 +244,16 @@ def protocol_text(protocol: dict[str, Any]) -> str:
 
 if __name__ == "__main__":
     main()
+
+
+def measured_on(device: str) -> dict[str, Any]:
+    """The entries of a file of results that say where it was measured: device, hardware and versions."""
+    return {
+        "device": device,
+        "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "versions": {
+            "cjepa_hf": cjepa_hf.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }

@@ -1,18 +1,15 @@
 """`cjepa-hf evaluate`: a world model, its planners and its controls on one frozen protocol."""
 
 import dataclasses
-import platform
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import transformers
 from transformers import AutoImageProcessor, AutoModel
 
-import cjepa_hf
 from cjepa_hf.evaluation.metrics import success_rate
-from cjepa_hf.evaluation.protocols import load_protocol
+from cjepa_hf.evaluation.protocols import load_protocol, measured_on
 from cjepa_hf.evaluation.push_t import run_baseline, run_policy, select_tasks, simulator_policy
 from cjepa_hf.models.cjepa import SlotWorldModel
 from cjepa_hf.planning.costs import SlotGoalCost
@@ -102,13 +99,7 @@ def evaluate_push_t(
         "model": str(model),
         "frames": style,
         "use_proprio": use_proprio,
-        "device": device,
-        "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "versions": {
-            "cjepa_hf": cjepa_hf.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        **measured_on(device),
         "rows": rows,
     }
 
