@@ -26,7 +26,9 @@ def test_the_shipped_model_solves_tasks_that_doing_nothing_does_not(report):
 
 
 def test_current_proprioception_changes_the_plans(report):
-    assert report["with_proprio"] != report["without_proprio"]
+    # not the whole summaries: the seconds in them differ anyhow
+    with_proprio, without = (report[name]["median_position_error_px"] for name in ("with_proprio", "without_proprio"))
+    assert abs(with_proprio - without) > 1
 
 
 def test_the_counterfactual_matches_the_simulator_and_differs_from_the_fact(report):

@@ -122,6 +122,7 @@ def test_a_folder_plans_from_images_of_every_kind(folder, tmp_path):
         {"start": start, "goal": goal},
         {"start": Image.fromarray(start), "goal": Image.fromarray(goal)},
         {"start": str(tmp_path / "start.png"), "goal": tmp_path / "goal.png"},
+        {"start": start[..., ::-1].copy()[..., ::-1], "goal": torch.from_numpy(goal)},  # as turned from BGR: a view
     ]
     plans = planner([{**kind, "proprio": [200.0, 300.0, 5.0, 0.0]} for kind in kinds])
     for plan in plans:
@@ -178,6 +179,24 @@ def test_a_model_without_auxiliary_inputs_plans_without_warnings():
 def test_wrong_inputs_are_explained(planner, change, message):
     with pytest.raises(ValueError, match=message):
         planner({**scenes(), **change}, **SMALL)
+
+
+def test_what_is_no_color_image_is_explained(folder, tmp_path):
+    planner = pipeline("goal-planning", model=str(folder), device="cpu", **SMALL)
+    start, goal = images()
+    Image.fromarray(start).convert("L").save(tmp_path / "gray.png")
+    Image.fromarray(start).save(tmp_path / "cut.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:500])
+    wrong = [
+        (None, "start is NoneType of shape"),
+        (start[None], r"shape \[1, 48, 48, 3\]: give one image"),
+        (tmp_path / "gray.png", "gray.png is an image of mode 'L'"),
+        (tmp_path / "cut.png", "cut.png cannot be read as an image"),
+        (start.transpose(2, 0, 1), "channels first"),
+    ]
+    for image, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            planner({"start": image, "goal": goal, "proprio": [200.0, 300.0, 5.0, 0.0]})
 
 
 def test_wrong_options_and_models_are_explained(planner):

@@ -114,10 +114,16 @@ class GoalPlanningPipeline(Pipeline):
 
     def _scene(self, scene: Any, name: str) -> dict[str, torch.Tensor]:
         if isinstance(scene, str | os.PathLike):
-            with Image.open(scene) as image:
-                scene = image.convert("RGB")
+            scene = _read_image(scene)
         if not isinstance(scene, Image.Image):
-            array = scene.detach().cpu() if torch.is_tensor(scene) else torch.as_tensor(np.asarray(scene))
+            array = scene.detach().cpu() if torch.is_tensor(scene) else np.asarray(scene)
+            if array.ndim not in (2, 3) or (isinstance(array, np.ndarray) and array.dtype.kind not in "biuf"):
+                raise ValueError(
+                    f"{name} is {type(scene).__name__} of shape {list(array.shape)}: give one image (PIL, a path, RGB "
+                    "[H, W, 3]) or slots [N, D]"
+                )
+            if isinstance(array, np.ndarray):  # copied: torch takes no negative strides (bgr[..., ::-1])
+                array = torch.from_numpy(array.copy())
             if array.ndim == 2:
                 size = self.model.config.slot_size
                 if array.shape[1] != size or not array.is_floating_point():
@@ -194,6 +200,19 @@ class GoalPlanningPipeline(Pipeline):
             "cost": float(outputs["cost"]),
             "proprio": None if proprio is None else proprio.float().numpy(),
         }
+
+
+def _read_image(path: str | os.PathLike) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read as an image ({error}): give a PNG or JPEG file") from error
+    if image.mode not in ("RGB", "RGBA", "P"):
+        raise ValueError(f"{path} is an image of mode {image.mode!r}: give one in color (RGB)")
+    return image.convert("RGB")
 
 
 def _default_image_processor(encoder_config):

@@ -112,6 +112,8 @@ class MPCPolicy:
             raise ValueError(f"horizon must be at least 1 block, got {horizon}")
         if not 1 <= receding_horizon <= horizon:
             raise ValueError(f"receding_horizon must be between 1 and horizon={horizon}, got {receding_horizon}")
+        if action_bounds is not None and not (len(action_bounds) == 2 and action_bounds[0] < action_bounds[1]):
+            raise ValueError(f"action_bounds must be (low, high) with low < high, or None, got {action_bounds}")
         self.frame_skip = frame_skip or (model.config.frame_skip if model is not None else None)
         if self.frame_skip is None:
             raise ValueError("without a model, give frame_skip")
