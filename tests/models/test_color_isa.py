@@ -479,6 +479,20 @@ def test_frames_mean_the_same_as_bytes_and_as_floats_and_other_numbers_are_refus
         read("large")
 
 
+def test_few_frames_of_each_clip_come_from_all_of_it(tmp_path):
+    from datasets import Array4D, Dataset, Features
+
+    time = np.broadcast_to(np.arange(20, dtype=np.uint8)[:, None, None, None], (20, 32, 32, 3))
+    features = Features({"frames": Array4D((None, 32, 32, 3), "uint8")})
+    for split, rows in (("train", 40), ("validation", 10)):
+        dataset = Dataset.from_dict({"frames": [time] * rows}, features=features)
+        dataset.to_parquet(tmp_path / "data" / f"{split}-00000-of-00001.parquet")
+    arguments = ColorIsaTrainArguments(output_dir="x", dataset=str(tmp_path), num_frames=40, num_eval_frames=200)
+    one_each, all_frames = (frames[:, 0, 0, 0] for frames in dataset_frames(arguments, 32))
+    assert len(one_each) == 40 and len(np.unique(one_each)) > 15
+    np.testing.assert_array_equal(all_frames, np.tile(np.arange(20), 10))
+
+
 def test_the_example_runs_the_training_script(monkeypatch, capsys):
     example = Path(__file__).parents[2] / "examples" / "train_slot_encoder.py"
     monkeypatch.setattr("sys.argv", [str(example), "--help"])

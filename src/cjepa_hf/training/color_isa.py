@@ -234,7 +234,7 @@ def push_t_frames(args: ColorIsaTrainArguments, resolution: int) -> tuple[FrameD
 def dataset_frames(args: ColorIsaTrainArguments, resolution: int) -> tuple[np.ndarray, np.ndarray]:
     """Frames of a data set's train split and of its validation split (without one: the last frames of train).
 
-    The column holds images, encoded images, or clips of frames; single frames are taken evenly over the rows.
+    The column holds images, encoded images, or clips of frames; frames are taken evenly over the rows and all of a clip.
     """
     from datasets import get_dataset_split_names
 
@@ -260,7 +260,9 @@ def dataset_frames(args: ColorIsaTrainArguments, resolution: int) -> tuple[np.nd
             clip = split[row][name]
             if clip.ndim == 3:
                 clip = clip[None]
-            chosen = np.unique(np.linspace(0, len(clip) - 1, min(per_row, len(clip))).astype(int))
+            wanted = min(per_row, len(clip))
+            # shifted from row to row: few frames of each would otherwise all be the first ones, before anything moves
+            chosen = ((np.arange(wanted) + row * 0.6180339887498949 % 1) * (len(clip) / max(wanted, 1))).astype(int)
             images = [_bytes_or_floats(clip[i], f"{args.dataset}, column {name!r}, row {row}") for i in chosen]
             if images:
                 pixels = processor(images, return_tensors="np")["pixel_values"]
