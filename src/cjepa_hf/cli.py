@@ -11,9 +11,13 @@ from pathlib import Path
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; errors in what the user gave are one line on stderr, without a traceback (exit status 2)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
     parser = _parser()
-    arguments, rest = parser.parse_known_args(argv)
-    if rest and arguments.command != "train":
+    if argv[:1] == ["evaluate"] and any(word.partition("=")[0] == "--suite" for word in argv):
+        arguments, rest = argparse.Namespace(command="evaluate", run=suite), argv[1:]
+    else:
+        arguments, rest = parser.parse_known_args(argv)
+    if rest and arguments.run not in (train, suite):
         parser.error(f"unknown arguments: {' '.join(rest)} (see `cjepa-hf {arguments.command} --help`)")
     try:
         arguments.run(arguments, rest)
@@ -39,7 +43,7 @@ def _explanation(error: Exception) -> str | None:
 
     text = " ".join(str(error).split())
     if isinstance(error, SafetensorError):
-        return f"a .safetensors file of the model is damaged ({text}): copy or download it again"
+        return f"a .safetensors file is damaged ({text}): copy or download it again"
     if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" in text:
         return "the weights are not of the sizes that config.json says (listed above): copy or download both again"
     if isinstance(error, StrictDataclassError):
@@ -119,6 +123,8 @@ def _parser() -> argparse.ArgumentParser:
         "evaluate", evaluate, "A world model and its controls on a frozen protocol: planning on Push-T, or cf-rollout."
     )
     sub.add_argument("--model", nargs="+", help="folder or Hub id (default: the shipped one); cf-rollout: any number")
+    sub.add_argument("--suite", metavar="NAME", help="train and compare world models instead (push-t, masking, auxiliary, "
+                     "flags); the other arguments are then those of `cjepa-hf evaluate --suite push-t --help`")  # fmt: skip
     sub.add_argument("--protocol", default="pusht-25", help="pusht-25 or cf-rollout (default: %(default)s)")
     sub.add_argument("--num-tasks", type=int, help="only the first tasks (default: all)")
     sub.add_argument("--dataset", help="cf-rollout: state slots with the splits train and validation, for the readout")
@@ -141,6 +147,19 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--style", default="smooth", choices=["smooth", "aliased", "peer"], help="of the frames")
     sub.add_argument("--simulator", type=int, metavar="N", help="also plan N tasks with the true simulator as model")
     sub.add_argument("--controls", action="store_true", help="also random, no-op and replayed actions")
+    sub.add_argument("--output", help="write the results as JSON to this file")
+    _common(sub)
+
+    sub = command(
+        "analyze", analyze, "Which objects a prediction uses, against who touched whom and what interventions change."
+    )
+    sub.add_argument("--model", nargs="+", help="folders or Hub ids of CJepaModels (default: the shipped one)")
+    sub.add_argument("--dataset", required=True, help="slots of simulated episodes, with state and contacts")
+    sub.add_argument("--split", default="validation", help="(default: %(default)s)")
+    sub.add_argument("--num-windows", type=int, default=2000, help="drawn at random (default: %(default)s)")
+    sub.add_argument("--seed", type=int, default=0, help="of the windows (default: %(default)s)")
+    sub.add_argument("--plot", metavar="PNG", help="draw the influences of the first model in a window with a contact")
+    sub.add_argument("--measure", default="leave_one_out", help="the one that --plot draws (default: %(default)s)")
     sub.add_argument("--output", help="write the results as JSON to this file")
     _common(sub)
 
@@ -404,12 +423,18 @@ def train(arguments, rest) -> None:
     importlib.import_module(f"cjepa_hf.training.{arguments.model.replace('-', '_')}").main(rest)
 
 
-def evaluate(arguments, _) -> None:
+def _output_file(arguments) -> Path | None:
+    """--output, checked before the work, so that a wrong path costs none."""
     output = Path(arguments.output) if arguments.output else None
-    if output:  # before the work, so that a wrong path costs none
+    if output:
         output.parent.mkdir(parents=True, exist_ok=True)
         if output.is_dir():
             raise ValueError(f"--output {output} is a folder: give the name of a file")
+    return output
+
+
+def evaluate(arguments, _) -> None:
+    output = _output_file(arguments)
     if arguments.protocol.startswith("cf-rollout"):
         from cjepa_hf.evaluation.counterfactual import evaluate_cf_rollout, print_cf_rollout
 
@@ -453,6 +478,10 @@ def evaluate(arguments, _) -> None:
     print(json.dumps(results, indent=1)) if arguments.json else print_evaluation(results)
 
 
+def suite(_, rest) -> None:
+    importlib.import_module("cjepa_hf.evaluation.comparison").main(rest)
+
+
 def _write(path: Path, results: dict) -> None:
     _write_text(path, json.dumps(results, indent=1) + "\n")
 
@@ -464,6 +493,25 @@ def _write_text(path: Path, text: str) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def analyze(arguments, _) -> None:
+    from cjepa_hf.analysis import analyze, draw_example, print_analysis
+
+    output = _output_file(arguments)
+    models = [_model(argparse.Namespace(model=model)) for model in arguments.model or [None]]
+    shared = {"split": arguments.split, "num_windows": arguments.num_windows, "seed": arguments.seed}
+    results = analyze(
+        models,
+        arguments.dataset,
+        **shared,
+        device=_device(arguments),
+        progress=not arguments.json,
+        on_model=(lambda results: _write(output, results)) if output else None,
+    )
+    print(json.dumps(results, indent=1)) if arguments.json else print_analysis(results)
+    if arguments.plot:
+        draw_example(models[0], arguments.dataset, arguments.plot, measure=arguments.measure, **shared)
 
 
 def plan(arguments, _) -> None:

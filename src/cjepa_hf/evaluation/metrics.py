@@ -8,6 +8,8 @@ from ..data.segments import adjusted_rand_index, foreground_ari
 
 __all__ = [
     "adjusted_rand_index",
+    "auroc",
+    "average_precision",
     "foreground_ari",
     "identity_switches",
     "paired_difference",
@@ -79,3 +81,71 @@ def identity_switches(slot_of_object: np.ndarray) -> int:
         seen = column[column >= 0]
         switches += int((np.diff(seen) != 0).sum())
     return switches
+
+
+def auroc(
+    scores: np.ndarray, labels: np.ndarray, cluster: np.ndarray | None = None, weights: np.ndarray | None = None
+) -> np.ndarray:
+    """
+    Chance that a positive scores higher than a negative (area under the ROC curve), ties counted half.
+
+    Args:
+        scores: float [n], higher = more likely positive.
+        labels: bool [n].
+        cluster, weights: int [n] (such as the episode) and float [K, clusters]: one result per row of weights, such as
+            one per bootstrap resample.
+
+    Returns:
+        float, or [K]; NaN where positives or negatives have no weight.
+    """
+    scores, labels, cluster, weights = _checked(scores, labels, cluster, weights)
+    size = weights.shape[-1]
+    positive, negative = scores[labels], scores[~labels]
+    order = np.lexsort((negative, cluster[~labels]))
+    ends = np.searchsorted(cluster[~labels][order], np.arange(size + 1))
+    # wins[e, f]: pairs of a positive of cluster e and a negative of cluster f in the right order
+    wins = np.zeros((size, size))
+    for f in np.flatnonzero(np.diff(ends)):
+        part = negative[order[ends[f] : ends[f + 1]]]
+        below = (np.searchsorted(part, positive, "left") + np.searchsorted(part, positive, "right")) / 2
+        wins[:, f] = np.bincount(cluster[labels], weights=below, minlength=size)
+    totals = [weights @ np.bincount(cluster[part], minlength=size) for part in (labels, ~labels)]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return ((weights @ wins) * weights).sum(-1) / (totals[0] * totals[1])
+
+
+def average_precision(
+    scores: np.ndarray, labels: np.ndarray, cluster: np.ndarray | None = None, weights: np.ndarray | None = None
+) -> np.ndarray:
+    """
+    Precision averaged over the recall that each threshold adds, as scikit-learn defines it; a score that knows nothing
+    gets the share of positives. Arguments and result as in [`auroc`]; NaN where positives have no weight.
+    """
+    scores, labels, cluster, weights = _checked(scores, labels, cluster, weights)
+    order = np.argsort(-scores, kind="stable")
+    starts = np.flatnonzero(np.diff(scores[order], prepend=np.inf))
+    labels, cluster = labels[order], cluster[order]
+    rows = np.atleast_2d(weights)
+    chunk = max(2**21 // len(scores), 1)  # of resamples: a few times 16 MiB
+    results = []
+    for first in range(0, len(rows), chunk):
+        weight = rows[first : first + chunk, cluster]
+        positive = np.add.reduceat(weight * labels, starts, axis=-1)
+        found, taken = np.cumsum(positive, axis=-1), np.cumsum(np.add.reduceat(weight, starts, axis=-1), axis=-1)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            precision = np.where(found > 0, found / taken, 0.0)
+            results.append((positive * precision).sum(-1) / positive.sum(-1))
+    return np.concatenate(results).reshape(weights.shape[:-1])
+
+
+def _checked(scores, labels, cluster, weights):
+    scores, labels = np.asarray(scores, dtype=float), np.asarray(labels, dtype=bool)
+    cluster = np.zeros(len(scores), dtype=int) if cluster is None else np.asarray(cluster)
+    weights = np.ones(cluster.max(initial=0) + 1) if weights is None else np.asarray(weights, dtype=float)
+    if scores.ndim != 1 or labels.shape != scores.shape or cluster.shape != scores.shape or not len(scores):
+        raise ValueError(f"scores {scores.shape}, labels {labels.shape}, cluster {cluster.shape}: expected [n] each.")
+    if not np.isfinite(scores).all():
+        raise ValueError("scores hold NaN or infinite values: leave out what has no score.")
+    if cluster.min() < 0 or cluster.max() >= weights.shape[-1]:
+        raise ValueError(f"clusters {cluster.min()} to {cluster.max()}, but weights {weights.shape}.")
+    return scores, labels, cluster, weights
