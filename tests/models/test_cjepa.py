@@ -147,7 +147,26 @@ def test_residual_prediction_starts_from_the_last_visible_state(residual):
         torch.testing.assert_close(predicted[:, t, 1], slots[:, 0, 1])
 
 
-@pytest.mark.parametrize("flags", [{}, OURS, OURS | dict(residual_prediction="velocity")])
+def test_a_jump_tells_no_velocity():
+    config = CJepaConfig(**(TINY | OURS | dict(residual_prediction="velocity", velocity_limit=0.5)))
+    model = CJepaModel(config).eval()
+    torch.nn.init.zeros_(model.predictor.head.bias)
+    inputs = window()
+    slots = inputs["slots"][:, :1].repeat(1, 3, 1, 1)
+    slots[:, 2, 0] += 0.4  # moves
+    slots[:, 2, 1] += 0.6  # enters
+    with torch.no_grad():
+        inputs["slots"] = slots
+        future = model.predict(**inputs)[:, 0]
+        no_mask = model(**inputs, slot_mask=torch.zeros(3, 3, 4, dtype=torch.bool)).predicted_slots[:, 3]
+    for predicted in (future, no_mask):
+        torch.testing.assert_close(predicted[:, 0], slots[:, 2, 0] + 0.4)
+        torch.testing.assert_close(predicted[:, 1:], slots[:, 2, 1:])
+    with pytest.raises(ValueError, match="velocity_limit=0 must be positive"):
+        CJepaConfig(velocity_limit=0)
+
+
+@pytest.mark.parametrize("flags", [{}, OURS, OURS | dict(residual_prediction="velocity", velocity_limit=0.3)])
 def test_the_shortcut_for_future_frames_equals_the_full_forward(flags):
     model = tiny(**flags)
     for steps in (1, 2, 3):

@@ -78,6 +78,8 @@ class CJepaConfig(PreTrainedConfig):
         norm_first (`bool`, defaults to `False`): Ours. LayerNorm before attention (the released code has none there).
         residual_prediction (`"last"`, `"velocity"` or `None`): Ours. Predict the change from the last visible state, or
             from the state continued at constant velocity.
+        velocity_limit (`float`, *optional*): Ours, with residual_prediction="velocity". A change between two frames whose
+            root mean square is larger (slot units) is a jump, an object that enters or leaves, and tells no velocity.
         anchor (`"first"` or `"last_visible"`, defaults to `"first"`): Ours with "last_visible". Which visible frame of a
             slot identifies its hidden tokens.
         planning_window (`int`, *optional*): Ours. Frames the predictor sees at most when a plan is imagined,
@@ -122,6 +124,7 @@ class CJepaConfig(PreTrainedConfig):
 
     norm_first: bool = False
     residual_prediction: Literal["last", "velocity"] | None = None
+    velocity_limit: float | int | None = None
     anchor: Literal["first", "last_visible"] = "first"
     planning_window: int | None = None
 
@@ -215,6 +218,8 @@ class CJepaConfig(PreTrainedConfig):
             raise ValueError(
                 f"planning_window={self.planning_window} must lie in 1..history_length={self.history_length}, or be None."
             )
+        if self.velocity_limit is not None and self.velocity_limit <= 0:
+            raise ValueError(f"velocity_limit={self.velocity_limit} must be positive, or None for no limit.")
         if self.huber_delta <= 0:
             raise ValueError(f"huber_delta={self.huber_delta} must be positive.")
 

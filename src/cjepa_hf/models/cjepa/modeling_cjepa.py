@@ -373,7 +373,7 @@ class CJepaPredictor(nn.Module):
             )
             if self.config.residual_prediction == "last" or steps == 1:
                 return last
-            velocity = tokens[:, -1:] - tokens[:, -2:-1]
+            velocity = self._without_jumps(tokens[:, -1:] - tokens[:, -2:-1])
             gain = self.velocity_gain[1 : horizon + 1, None, None] * velocity
             return torch.cat([last[:, :-horizon], last[:, -horizon:] + gain], dim=1)
         index = seen.unsqueeze(-1).expand(-1, -1, -1, tokens.shape[-1])
@@ -381,9 +381,16 @@ class CJepaPredictor(nn.Module):
         if self.config.residual_prediction == "velocity":
             # A velocity needs the frame before the last visible one to be visible too.
             known = ~hidden.gather(1, (seen - 1).clamp(min=0)) & (seen > 0)
-            velocity = (base - tokens.gather(1, (index - 1).clamp(min=0))) * known.unsqueeze(-1)
+            velocity = self._without_jumps(base - tokens.gather(1, (index - 1).clamp(min=0))) * known.unsqueeze(-1)
             base = base + self.velocity_gain[frame[:, None] - seen].unsqueeze(-1) * velocity
         return base[:, steps:] if future_only else base
+
+    def _without_jumps(self, velocity):
+        """Zero where a token changed by more than velocity_limit: that change will not go on."""
+        limit = self.config.velocity_limit
+        if limit is None:
+            return velocity
+        return velocity * (velocity.square().mean(dim=-1, keepdim=True) <= limit**2)
 
 
 # ---------------------------------------------------------------------------------------------------------- model
