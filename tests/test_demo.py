@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
 
-from cjepa_hf import CJepaModel, bundled_checkpoint
+from cjepa_hf import CJepaConfig, CJepaModel, bundled_checkpoint
 from cjepa_hf.demo import run_demo, save_gif, without_block
 from cjepa_hf.simulators.rendering import render_push_t
 
@@ -78,3 +78,11 @@ def test_the_checkpoint_is_small_self_contained_and_loads_by_the_auto_classes():
     assert (agent - torch.tensor([100.0, 350.0])).norm() < 8
     with pytest.raises(ValueError, match="push_t"):
         bundled_checkpoint("cube")
+
+
+def test_a_model_without_the_encoder_that_the_demo_needs_is_refused(tmp_path):
+    size = dict(slot_size=16, num_attention_heads=4, num_hidden_layers=1, intermediate_size=16, action_size=10)
+    CJepaModel(CJepaConfig(**size)).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="holds no slot encoder; the demo needs a ColorIsaModel"):
+        run_demo(tmp_path / "model", tmp_path / "demo", num_tasks=1, progress=False)
+    assert not (tmp_path / "demo").exists()

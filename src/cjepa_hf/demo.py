@@ -43,6 +43,12 @@ def run_demo(
     """
     start = time.perf_counter()
     model = CJepaModel.from_pretrained(model_folder, use_safetensors=True).eval().to(device)
+    if not hasattr(model.slot_encoder, "colors"):  # None, or an encoder that cannot say which slot is which object
+        kind = "no slot encoder" if model.slot_encoder is None else f"a {type(model.slot_encoder).__name__}"
+        raise ValueError(
+            f"{model_folder} holds {kind}; the demo needs a ColorIsaModel in it, which knows its objects by color: train "
+            "with --slot_encoder, or use `cjepa-hf evaluate`."
+        )
     processor = AutoImageProcessor.from_pretrained(model_folder)
     protocol = load_protocol(protocol_name)
     tasks = select_tasks(protocol, num_tasks)

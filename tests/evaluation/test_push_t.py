@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from cjepa_hf import CJepaConfig, CJepaModel
+from cjepa_hf import CJepaConfig, CJepaModel, ColorIsaConfig
 from cjepa_hf.evaluation.protocols import load_protocol, make_push_t_protocol, protocol_names
 from cjepa_hf.evaluation.push_t import run_actions, run_baseline, run_policy, select_tasks, simulator_policy
-from cjepa_hf.evaluation.suite import make_policy
+from cjepa_hf.evaluation.suite import evaluate_push_t, make_policy
 from cjepa_hf.planning.planners import CEMPlanner
 from cjepa_hf.simulators.push_t import push_t_success, state_errors
 
@@ -50,6 +50,7 @@ def test_controls_replay_succeeds_and_doing_nothing_never_does(protocol):
 
 def test_a_task_ends_at_its_first_success_and_stays_there(protocol):
     results = run_actions(protocol["tasks"]["actions"][:5], protocol, num_tasks=5)
+    assert results.success.any()
     for task in np.flatnonzero(results.success):
         step = results.steps[task]
         goal = protocol["tasks"]["goal_state"][task]
@@ -76,6 +77,18 @@ def test_more_tasks_than_there_are_is_an_error(protocol):
         select_tasks(protocol, 201)
     with pytest.raises(ValueError, match="pusht-25"):
         load_protocol("pusht-24")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({}, "holds no slot encoder"), ({"action_size": 15}, "those of Push-T have 2 numbers each")],
+)
+def test_a_model_that_cannot_play_push_t_from_images_is_told_why(tmp_path, change, message):
+    size = dict(slot_size=16, num_attention_heads=4, num_hidden_layers=1, intermediate_size=16, action_size=10)
+    encoder = {"slot_encoder_config": ColorIsaConfig(slot_size=16)} if change else {}
+    CJepaModel(CJepaConfig(**(size | encoder | change))).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        evaluate_push_t(str(tmp_path), num_tasks=1, progress=False)
 
 
 def test_validation_tasks_are_other_tasks(protocol):

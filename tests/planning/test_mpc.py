@@ -324,6 +324,8 @@ def test_a_real_model_plans_in_environment_units_only_with_statistics():
         ({"schedule": "cyclic"}, "schedule"),
         ({"horizon": 0}, "horizon must be at least 1"),
         ({"receding_horizon": 6}, "receding_horizon must be between 1 and horizon=5"),
+        ({"window": 4}, "window must be between 1 and the model's 3"),
+        ({"planner": CEMPlanner(held_steps=3)}, "does not split into held_steps=3"),
         ({"action_bounds": (1.0, -1.0)}, r"low < high, or None, got \(1.0, -1.0\)"),
         ({"action_bounds": (-1.0, 0.0, 1.0)}, "low < high"),
         ({"frame_skip": 4}, "the model was trained with 5"),

@@ -84,6 +84,13 @@ def evaluate_push_t(
     net = AutoModel.from_pretrained(model, use_safetensors=True).eval().to(device)
     if not isinstance(net, SlotWorldModel):
         raise ValueError(f"{model} holds a {type(net).__name__}: give a CJepaModel or DinoWmModel.")
+    if net.slot_encoder is None:
+        raise ValueError(f"{model} holds no slot encoder, and goals are images: train it with --slot_encoder.")
+    if net.config.action_size not in (0, 2 * net.config.frame_skip):
+        raise ValueError(
+            f"{model} takes action blocks of size {net.config.action_size} ({net.config.frame_skip} actions); those of Push-T "
+            "have 2 numbers each."
+        )
     processor = AutoImageProcessor.from_pretrained(model)
     # whatever is wrong with the arguments is said before the work begins
     for count in (num_tasks, simulator_tasks):

@@ -147,6 +147,14 @@ class MPCPolicy:
             planner, replanner = default_planner(self.frame_skip), replanner or default_replanner()
         self.planner = planner
         self.replanner = replanner if replanner is not None else planner
+        for one in (self.planner, self.replanner):
+            if len(self._mean) % one.held_steps:
+                raise ValueError(
+                    f"an action block of size {len(self._mean)} does not split into held_steps={one.held_steps}"
+                )
+        window = rollout_options.get("window")
+        if model is not None and window is not None and not 1 <= window <= model.config.history_length:
+            raise ValueError(f"window must be between 1 and the model's {model.config.history_length}, got {window}")
         self.cost = cost if cost is not None else SlotGoalCost()
         self.make_cost = make_cost
         self.horizon = horizon
