@@ -13,7 +13,15 @@ import pytest
 import torch
 from PIL import Image
 
-from cjepa_hf import CJepaConfig, CJepaModel, ColorIsaConfig, ColorIsaImageProcessor, PushTEnv
+from cjepa_hf import (
+    CJepaConfig,
+    CJepaModel,
+    ColorIsaConfig,
+    ColorIsaImageProcessor,
+    DinoWmConfig,
+    DinoWmModel,
+    PushTEnv,
+)
 from cjepa_hf.cli import main
 from cjepa_hf.data import load_slot_dataset
 from cjepa_hf.simulators.push_t import random_states
@@ -210,6 +218,22 @@ def test_plan_prints_a_table_and_json_of_the_same_actions(root, capsys):
     rows = [[float(value) for value in line.split()] for line in text.splitlines()[1:]]
     np.testing.assert_allclose(rows, plan["actions"], atol=5e-4)
     assert np.shape(rows) == (5, 2) and np.abs(rows).max() <= 1
+
+
+def test_plan_takes_any_world_model_and_explains_one_that_sees_no_images(root, tmp_path, capsys):
+    size = dict(token_type="slots", num_slots=4, slot_size=16, num_attention_heads=2, num_hidden_layers=1)
+    size |= dict(intermediate_size=32, action_size=10)
+    encoder = CJepaModel.from_pretrained(root / "model").slot_encoder
+    for name, extra in (("seeing", {"slot_encoder_config": encoder.config}), ("blind", {})):
+        model = DinoWmModel(DinoWmConfig(**size, **extra))
+        model.set_statistics(action_mean=torch.zeros(10), action_std=torch.full((10,), 0.1))
+        model.save_pretrained(tmp_path / name)
+    ColorIsaImageProcessor().save_pretrained(tmp_path / "seeing")
+    images = (root / "start.png", root / "goal.png")
+    capsys.readouterr()
+    assert run("plan", *images, "--model", tmp_path / "seeing", "--horizon", 1, "--json") == 0
+    assert np.shape(json.loads(capsys.readouterr().out)["actions"]) == (5, 2)
+    assert "holds no slot encoder" in fails(capsys, "plan", *images, "--model", tmp_path / "blind")
 
 
 def test_evaluate_writes_and_prints_the_same_results(root, tmp_path, capsys):

@@ -516,16 +516,15 @@ def analyze(arguments, _) -> None:
 
 def plan(arguments, _) -> None:
     import torch
-    from transformers import AutoImageProcessor, pipeline
-
-    from cjepa_hf import CJepaModel
+    from transformers import AutoImageProcessor, AutoModel, pipeline
 
     inputs = {"start": _image(arguments.start), "goal": _image(arguments.goal)}
     folder, device = _model(arguments), torch.device(_device(arguments))
-    # `pipeline(model=folder)` would read pickled weights too
-    model = CJepaModel.from_pretrained(folder, use_safetensors=True)
-    processor = AutoImageProcessor.from_pretrained(folder)
-    planner = pipeline("goal-planning", model=model, image_processor=processor, device=device)
+    # not `pipeline(model=folder)`: it wraps what is wrong with a damaged folder in a page of traceback
+    model, parts = AutoModel.from_pretrained(folder, use_safetensors=True), {}
+    if getattr(model, "slot_encoder", None) is not None:
+        parts["image_processor"] = AutoImageProcessor.from_pretrained(folder)
+    planner = pipeline("goal-planning", model=model, device=device, **parts)
     if arguments.proprio:
         inputs["proprio"] = arguments.proprio
     result = planner(inputs, horizon=arguments.horizon, seed=arguments.seed)
