@@ -5,39 +5,58 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 HERE = Path(__file__).parent
 
 
-@pytest.fixture(scope="module")
-def hub(tmp_path_factory):
-    """The folder that the Hub stores, and a function that runs steps of client.py, in a process with empty caches.
+class Server:
+    """local_hub.py as a process of its own; it keeps its port when it is started again."""
 
-    Called again with the same name, the process has the caches that are there.
-    """
-    root = tmp_path_factory.mktemp("hub")
-    port_file = root / "port"
-    command = [
-        sys.executable,
-        str(HERE / "local_hub.py"),
-        "--root",
-        str(root / "store"),
-        "--port-file",
-        str(port_file),
-    ]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    try:
+    def __init__(self, root: Path):
+        self.root, self.port = root, 0
+        self.start()
+
+    def start(self):
+        port_file = self.root / "port"
+        port_file.unlink(missing_ok=True)
+        command = [sys.executable, str(HERE / "local_hub.py"), "--root", str(self.root / "store")]
+        command += ["--port", str(self.port), "--port-file", str(port_file)]
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         deadline = time.monotonic() + 60
         while not (port_file.exists() and port_file.read_text()):
-            if server.poll() is not None or time.monotonic() > deadline:
+            if self.process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError("the local Hub did not start")
             time.sleep(0.05)
+        self.port = int(port_file.read_text())
+
+    def kill(self):
+        """As by `kill -9`: connections end where they are."""
+        self.process.kill()
+        self.process.wait()
+
+
+class Hub(NamedTuple):
+    """What the Hub stores, a function that runs steps of a script in a process with empty caches (those of before, if it
+    is called again with the same name), and the server."""
+
+    store: Path
+    client: Callable
+    server: Server
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    root = tmp_path_factory.mktemp("hub")
+    server = Server(root)
+    try:
         offline = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
         environment = {name: value for name, value in os.environ.items() if name not in offline} | {
-            "HF_ENDPOINT": f"http://127.0.0.1:{port_file.read_text()}",
+            "HF_ENDPOINT": f"http://127.0.0.1:{server.port}",
             "HF_TOKEN": "hf_local",
             "HF_HUB_DISABLE_XET": "1",
             "DISABLE_SAFETENSORS_CONVERSION": "1",
@@ -45,16 +64,15 @@ def hub(tmp_path_factory):
             "CUDA_VISIBLE_DEVICES": "",
         }
 
-        def client(name, *steps, script="client.py", **variables):
+        def client(name, *steps, script="client.py", python=(sys.executable,), **variables):
             folder = root / name
             folder.mkdir(exist_ok=True)
-            command = [sys.executable, str(HERE / script), str(folder), *steps]
             own = environment | {"HF_HOME": str(folder / "home")} | variables
-            result = subprocess.run(command, env=own, capture_output=True, text=True, timeout=600)
+            command = [*python, str(HERE / script), str(folder), *steps]
+            result = subprocess.run(command, env=own, capture_output=True, text=True, timeout=900)
             assert result.returncode == 0, result.stderr
             return json.loads((folder / "results_of_steps.json").read_text())
 
-        yield root / "store", client
+        yield Hub(root / "store", client, server)
     finally:
-        server.terminate()
-        server.wait()
+        server.kill()

@@ -9,14 +9,17 @@ Repositories live under DIR/<type>s/<owner>/<name>/<commit sha>/..., with DIR/..
 
 Tokens: hf_local may do everything, hf_reader only read, any other is refused; private repositories need one.
 Faults: DIR/faults.json `{"download": {"match": part of the path, "bytes": N, "times": K}, "commit": K}` breaks a download
-off after N bytes, and answers the next K commits with 500.
+off after N bytes, and answers the next K commits with 500. A download with "hang": true does not break off after its N bytes
+but waits (for the server to be killed) and leaves a file DIR/hanging. DIR/access.log lists requests, with their byte ranges.
 """
 
 import argparse
 import base64
 import datetime
+import functools
 import hashlib
 import json
+import os
 import re
 import shutil
 import threading
@@ -69,13 +72,14 @@ class Store:
         sha = hashlib.sha1(stamp.encode()).hexdigest()
         target = base / sha
         if parent:
-            shutil.copytree(base / parent, target)
+            shutil.copytree(base / parent, target, copy_function=os.link)
         target.mkdir(parents=True, exist_ok=True)
         for path in deletes:
             victim = target / path
             shutil.rmtree(victim) if victim.is_dir() else victim.unlink(missing_ok=True)
         for path, content in adds.items():
             (target / path).parent.mkdir(parents=True, exist_ok=True)
+            (target / path).unlink(missing_ok=True)  # the link, not the file of the commit before
             (target / path).write_bytes(content)
         return sha
 
@@ -111,6 +115,7 @@ def is_lfs(path, size):
     return path.endswith((".safetensors", ".parquet", ".bin", ".arrow", ".ckpt", ".mp4")) or size > 1_000_000
 
 
+@functools.cache  # files of a commit never change
 def entry(path, file):
     data = file.read_bytes()
     oid = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
@@ -126,7 +131,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *args):
         with open(self.store.root / "access.log", "a") as log:
-            log.write(f"{self.command} {self.path}\n")
+            log.write(f"{self.command} {self.path} {self.headers.get('Range', '')}".rstrip() + "\n")
 
     def reply(self, code, body=b"", headers=None, ctype="application/json"):
         if not isinstance(body, bytes):
@@ -148,7 +153,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def refused(self, write=False):
         """Whether the token does not do, after an answer that says so as the Hub does."""
-        text = "Invalid username or password."
+        text = "Invalid credentials in Authorization header"
         if self.token() not in ("", "hf_local", "hf_reader") or (write and not self.token()):
             self.reply(401, {"error": text}, {"X-Error-Message": text})
             return True
@@ -341,6 +346,10 @@ class Handler(BaseHTTPRequestHandler):
                 self.send_header(key, value)
             self.end_headers()
             self.wfile.write(data[: fault["bytes"]])
+            if fault.get("hang"):
+                self.wfile.flush()
+                (self.store.root / "hanging").touch()
+                threading.Event().wait()
             return None
         self.reply(code, data, headers, "application/octet-stream")
 

@@ -1,18 +1,22 @@
 """Publishing to a Hub and loading from it, as processes of their own (see client.py, which says how steps are run).
 
-python publish_client.py FOLDER STEP ...
+python publish_client.py FOLDER STEP[:NAME,NAME...] ...
 """
 
+import hashlib
+import importlib.machinery
 import json
+import pickle
 import shutil
 import sys
+import time
 import traceback
 from pathlib import Path
 
 import numpy as np
 import torch
-from huggingface_hub import HfApi
-from transformers import AutoConfig, AutoModel
+from huggingface_hub import HfApi, try_to_load_from_cache
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor
 
 CLEVRER = "cjepa-clevrer-savi-2of7"  # an entry at full size
 
@@ -141,9 +145,7 @@ def load_by_name(folder):
 
     repo = f"galilai/{CLEVRER}"
     nets = {
-        revision or "auto": (CJepaModel if revision else AutoModel).from_pretrained(
-            repo, revision=revision or "main", use_safetensors=True
-        )
+        revision or "auto": (CJepaModel if revision else AutoModel).from_pretrained(repo, revision=revision or "main")
         for revision in ("main", "v1", "next", "refs/pr/1", None)
     }
     return {name: [type(net).__name__, predicted(net)] for name, net in nets.items()}
@@ -152,8 +154,8 @@ def load_by_name(folder):
 def load_offline(folder):
     from cjepa_hf import CJepaModel
 
-    net = CJepaModel.from_pretrained(f"galilai/{CLEVRER}", use_safetensors=True)
-    return predicted(net), message(CJepaModel.from_pretrained, "tester/code", use_safetensors=True)
+    net = CJepaModel.from_pretrained(f"galilai/{CLEVRER}")
+    return predicted(net), message(CJepaModel.from_pretrained, "tester/code")
 
 
 def load_slots(folder):
@@ -174,8 +176,8 @@ def load_slots(folder):
 def load_private(folder):
     from cjepa_hf import CJepaModel
 
-    refused = message(CJepaModel.from_pretrained, "tester/secret", token=False, use_safetensors=True)
-    return [predicted(CJepaModel.from_pretrained("tester/secret", use_safetensors=True)), refused]
+    refused = message(CJepaModel.from_pretrained, "tester/secret", token=False)
+    return [predicted(CJepaModel.from_pretrained("tester/secret")), refused]
 
 
 def load_in_vain(folder):
@@ -183,70 +185,180 @@ def load_in_vain(folder):
 
     result = {}
     for name in ("missing", "empty", "truncated"):
-        result[name] = message(CJepaModel.from_pretrained, f"tester/{name}", use_safetensors=True)
+        result[name] = message(CJepaModel.from_pretrained, f"tester/{name}")
     load = CJepaModel.from_pretrained
-    result["revision"] = message(load, f"galilai/{CLEVRER}", revision="v9", use_safetensors=True)
-    result["token"] = message(
-        load, "tester/secret", token="hf_wrong", cache_dir=folder / "other", use_safetensors=True
-    )
+    result["revision"] = message(load, f"galilai/{CLEVRER}", revision="v9")
+    result["token"] = message(load, "tester/secret", token="hf_wrong", cache_dir=folder / "other")
     return result
 
 
 def load_broken_off(folder):
-    """A download that breaks off after a megabyte."""
+    """A download that breaks off after 12 megabytes (what a client keeps of it are whole chunks of 10 MiB)."""
     from cjepa_hf import CJepaModel
 
-    faults(folder, download={"match": "model.safetensors", "bytes": 1_000_000, "times": 1})
-    keywords = {"revision": "v1", "cache_dir": folder / "broken", "use_safetensors": True}
+    faults(folder, download={"match": "model.safetensors", "bytes": 12_000_000, "times": 1})
+    keywords = {"revision": "v1", "cache_dir": folder / "broken"}
     return predicted(CJepaModel.from_pretrained(f"galilai/{CLEVRER}", **keywords))
 
 
-def load_later(folder):
-    """From a server that sends no byte of the weights, and from the same when it does again."""
+def load_from_killed(folder):
+    """From a server that hangs after 12 megabytes, twice: whoever watches kills it, and starts it again at once the first
+    time, the second time only when this process has given up."""
     from cjepa_hf import CJepaModel
 
-    def load():
-        return CJepaModel.from_pretrained(f"galilai/{CLEVRER}", use_safetensors=True)
+    def load(cache):
+        return CJepaModel.from_pretrained(f"galilai/{CLEVRER}", cache_dir=folder / cache)
 
-    faults(folder, download={"match": "model.safetensors", "bytes": 0, "times": 999})
-    error = message(load)
-    faults(folder)
-    return error, predicted(load())
+    result = []
+    for cache in ("at once", "later"):
+        faults(folder, download={"match": "model.safetensors", "bytes": 12_000_000, "times": 1, "hang": True})
+        if cache == "at once":
+            result.append(predicted(load(cache)))
+            continue
+        result.append(message(load, cache))
+        (folder / "gave up").touch()
+        while not (folder / "it is back").exists():
+            time.sleep(0.05)
+        result.append(predicted(load(cache)))
+    return result
 
 
 def load_code(folder):
     """In an environment without this package."""
-    sys.modules["cjepa_hf"] = None  # an import of it fails
-    net = AutoModel.from_pretrained("tester/code", trust_remote_code=True, use_safetensors=True)
-    return [predicted(net), type(net).__module__]
+    packages = [path for path in sys.path if importlib.machinery.PathFinder.find_spec("cjepa_hf", [path])]
+    known = message(AutoConfig.from_pretrained, "tester/code", trust_remote_code=False)
+    net = AutoModel.from_pretrained("tester/code", trust_remote_code=True)
+    return [predicted(net), type(net).__module__, known, packages, "cjepa_hf" in sys.modules]
 
 
-def load_all(folder):
-    """Every entry at full size: published, loaded by its name."""
-    import cjepa_hf
+# ---- every entry of hub_configs, at full size
+
+
+def digest(net):
+    """Of names, shapes and bytes of all weights and statistics."""
+    result = hashlib.sha256()
+    for name, tensor in sorted(net.state_dict().items()):
+        result.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        result.update(tensor.contiguous().numpy().tobytes())
+    return result.hexdigest()
+
+
+def slots_entry(folder, name):
+    """A slot dataset as `cjepa-hf convert --config NAME` writes it, from pickles of two short videos per split, and what
+    should be found in it."""
+    from cjepa_hf.cli import main
     from cjepa_hf.hub.convert import hub_configs
+
+    source, random = json.loads((hub_configs()[name] / "source.json").read_text()), np.random.default_rng(0)
+    sizes = {"slots": (source["dataset"]["num_slots"], source["dataset"]["slot_size"])}
+    sizes |= {key: (n,) for key, n in (("actions", 2), ("proprio", 4), ("states", 7)) if key in source["original"]}
+    words = []
+    for key, size in sizes.items():
+        file = folder / f"{name}-{key}.pkl"
+        splits = {
+            split: {f"{split}_{i}.mp4": random.normal(size=(40, *size)).astype(np.float32) for i in range(2)}
+            for split in source["dataset"]["splits"]
+        }
+        file.write_bytes(
+            pickle.dumps({{"validation": "val"}.get(split, split): part for split, part in splits.items()})
+        )
+        words += [str(file)] if key == "slots" else [f"--{key}", str(file)]
+    target = folder / f"{name}-0"
+    if main(["convert", *words, "--config", name, "--output-dir", str(target)]):
+        raise RuntimeError(f"{name} was not converted")
+    return target, {key: source["dataset"][key] for key in ("splits", "columns", "frame_skip")}
+
+
+def publish_entries(folder, names):
+    """With weights of the right shapes, which nobody has trained. What they are, and the commit of the tag v1."""
     from cjepa_hf.hub.publish import publish
 
-    result = {}
-    for name, source in hub_configs().items():
-        if not (source / "config.json").is_file():
-            continue
-        target, net = entry(folder, name, 0)
-        publish(target, f"galilai/{name}")
+    result, api = {}, HfApi()
+    for name in names.split(","):
+        kind = "dataset" if name.endswith("-slots") else "model"
+        target, made = slots_entry(folder, name) if kind == "dataset" else entry(folder, name, 0)
+        where = {"repo_id": f"galilai/{name}", "repo_type": kind}
+        publish(target, where["repo_id"])
+        api.create_tag(**where, tag="v1")
+        commit = api.repo_info(**where).sha
         shutil.rmtree(target)
-        cls = getattr(cjepa_hf, type(net).__name__)
-        loaded, problems = cls.from_pretrained(f"galilai/{name}", use_safetensors=True, output_loading_info=True)
-        state, other = net.state_dict(), loaded.state_dict()
-        same = all(torch.equal(state[key].nan_to_num(), other[key].nan_to_num()) for key in state)
-        result[name] = same and not any(problems.values())
+        # one more commit, so that the tag is not what `main` is
+        api.upload_file(**where, path_or_fileobj=b"later", path_in_repo="notes.txt")
+        result[name] = {"made": made if kind == "dataset" else digest(made), "v1": commit}
     return result
+
+
+def load_entry(name):
+    """By its name, by revision and by AutoModel; the processor that belongs to it."""
+    import cjepa_hf
+
+    repo = f"galilai/{name}"
+    auto = AutoModel.from_pretrained(repo)
+    cls = getattr(cjepa_hf, type(auto).__name__)
+    own, problems = cls.from_pretrained(repo, output_loading_info=True)
+    old = cls.from_pretrained(repo, revision="v1")
+    encoder = getattr(own.config, "slot_encoder_config", None) or own.config
+    processor = None
+    if encoder.model_type != "cjepa":
+        kind = AutoProcessor if encoder.model_type == "aloe" else AutoImageProcessor
+        processor = type(kind.from_pretrained(repo)).__name__
+    return {
+        "class": type(auto).__name__,
+        "digests": [digest(net) for net in (auto, own, old)],
+        "problems": sorted(name for name, found in problems.items() if found),
+        "commits": [
+            Path(try_to_load_from_cache(repo, "model.safetensors", revision=revision)).parent.name
+            for revision in ("v1", "main")
+        ],
+        "processor": processor,
+    }
+
+
+def load_slots_entry(name, offline):
+    """By `datasets` and by us, whole and streamed, with windows on top; sums of all windows. Offline nothing streams."""
+    from datasets import load_dataset
+
+    from cjepa_hf.data import SlotWindows, StreamingSlotWindows, load_slot_dataset
+
+    repo, sizes = f"galilai/{name}", {"history_length": 3, "prediction_length": 1}
+    data = load_slot_dataset(repo)
+    windows = SlotWindows(data, **sizes, frame_skip=data.frame_skip)
+    total = windows.get_batch(list(range(len(windows))))["slots"].double().sum().item()
+    result = {
+        "splits": sorted(load_dataset(repo)),
+        "rows": [load_dataset(repo, split="train").num_rows],
+        "windows": [len(windows)],
+        "sums": [total],
+        "columns": sorted(set(data.data.column_names) - {"episode_id", "slots"}),
+        "frame_skip": data.frame_skip,
+    }
+    if not offline:
+        result["rows"].append(len(list(load_dataset(repo, split="train", streaming=True))))
+        streamed = load_slot_dataset(repo, "train", streaming=True)
+        again = list(StreamingSlotWindows(streamed, **sizes, frame_skip=data.frame_skip))
+        result["windows"].append(len(again))
+        result["sums"].append(sum(window["slots"].double().sum().item() for window in again))
+        result["rows"].append(len(load_slot_dataset(repo, "train", revision="v1")))
+    return result
+
+
+def load_entries(folder, names, offline=False):
+    return {
+        name: load_slots_entry(name, offline) if name.endswith("-slots") else load_entry(name)
+        for name in names.split(",")
+    }
+
+
+def load_entries_offline(folder, names):
+    return load_entries(folder, names, offline=True)
 
 
 if __name__ == "__main__":
     results = {}
     for step in sys.argv[2:]:
+        name, *words = step.split(":")
         try:
-            results[step] = globals()[step](Path(sys.argv[1]))
+            results[name] = globals()[name](Path(sys.argv[1]), *words)
         except Exception:
-            results[step] = {"error": traceback.format_exc()}
+            results[name] = {"error": traceback.format_exc()}
     Path(sys.argv[1], "results_of_steps.json").write_text(json.dumps(results))

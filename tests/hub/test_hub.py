@@ -1,9 +1,14 @@
 """Uploading to a Hub and loading from it, with the real clients, against a small Hub on this computer (local_hub.py)."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+
+from cjepa_hf import ColorIsaConfig, ColorIsaModel
+from cjepa_hf.training.trainer import push_folder_to_hub
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +93,23 @@ def test_training_reads_from_the_hub_and_uploads_model_and_card(hub, published):
     commit = json.loads((folder / "refs.json").read_text())["branches"]["main"]
     card = (folder / commit / "README.md").read_text()
     assert "# tester/trained" in card and "`tester/slots`" in card and "tester/encoder" in card
+
+
+def test_a_training_that_diverged_is_not_uploaded(tmp_path, monkeypatch):
+    sent = []
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", lambda self, **keywords: sent.append(keywords) or "url")
+    model = ColorIsaModel(ColorIsaConfig(num_slots=4, slot_size=16, hidden_size=16, mlp_size=16, stem_channels=8))
+    arguments = SimpleNamespace(hub_model_id="me/model", output_dir=str(tmp_path))
+    name, parameter = next(model.named_parameters())
+    before = parameter.detach().clone()
+    torch.nn.init.constant_(parameter, torch.nan)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"{name}.*NaN"):
+        push_folder_to_hub(arguments)
+    assert sent == []
+    parameter.data.copy_(before)
+    model.save_pretrained(tmp_path)
+    assert push_folder_to_hub(arguments) == "url" and len(sent) == 1
 
 
 def test_an_uploaded_training_is_evaluated_by_its_id(loaded, hub):

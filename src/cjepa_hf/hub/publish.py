@@ -13,14 +13,12 @@ from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 
-import torch
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
-from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModel
 
 from ..data.slots import METADATA_FILE, check_local_files
+from ..models.checks import checked_model
 from .cards import card
 
 __all__ = ["publish"]
@@ -160,7 +158,7 @@ def _operations(folder: Path, repo_id: str, with_code: bool) -> Iterator[tuple[s
             "save_pretrained, `cjepa-hf convert` or `cjepa-hf extract`"
         )
     _refuse_pickles(folder)
-    model = _checked_model(folder)
+    model = checked_model(folder)
     if not with_code:
         if "auto_map" in json.loads((folder / "config.json").read_text()):
             raise ValueError(f"{folder}/config.json has an auto_map, for code: pass with_code (--with-code)")
@@ -202,37 +200,6 @@ def _refuse_pickles(folder: Path) -> None:
                 f"{path} is a pickle, or a container of one, which runs code where it is loaded: only safetensors are "
                 "published. Convert it (`cjepa-hf convert`), or move it out of the folder"
             )
-
-
-def _checked_model(folder: Path):
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        raise ValueError(f"{folder} holds no model.safetensors: save the model with save_pretrained")
-    for path in weights:
-        try:
-            with safe_open(path, "pt") as file:
-                file.keys()
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged ({error}): copy or save it again") from None
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    try:
-        model, problems = AutoModel.from_pretrained(
-            folder, config=config, use_safetensors=True, output_loading_info=True, trust_remote_code=False
-        )
-    except RuntimeError as error:  # shapes
-        raise ValueError(f"the weights in {folder} do not fit its config.json: {error}") from None
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if names := sorted(map(str, problems[problem])):
-            raise ValueError(
-                f"the weights in {folder} do not fit its config.json: {len(names)} {problem.replace('_', ' ')}, "
-                f"{names[0]} first. Save config and weights together (save_pretrained)"
-            )
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise ValueError(
-                f"parameter {name} in {folder} holds NaN or infinity: the training diverged or it is damaged"
-            )
-    return model
 
 
 def _export_with_code(model, folder: Path, target: Path) -> None:

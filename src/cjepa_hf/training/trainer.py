@@ -971,9 +971,13 @@ def push_folder_to_hub(args: TrainArguments) -> str:
     """Uploads weights (safetensors alone), json and card of the trained folder in one commit; returns its address.
 
     Weights that an earlier upload left, which would be loaded beside or instead of the new ones, go with the same commit.
+    The folder is loaded first, as `cjepa-hf publish` does: ValueError, and nothing sent, if it does not fit or holds NaN.
     """
     from huggingface_hub import HfApi
 
+    from ..models.checks import checked_model
+
+    checked_model(args.output_dir)
     return HfApi().upload_folder(
         repo_id=args.hub_model_id,
         folder_path=args.output_dir,

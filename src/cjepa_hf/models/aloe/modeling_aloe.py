@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -18,7 +17,7 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from ..cjepa.modeling_cjepa import fast_dropout
+from ..cjepa.modeling_cjepa import SafePreTrainedModel, fast_dropout
 from .configuration_aloe import AloeConfig
 
 
@@ -146,7 +145,7 @@ class AloeHead(nn.Module):
         return self.fc2(F.relu(self.fc1(hidden_states)))
 
 
-class AloeForVideoQuestionAnswering(PreTrainedModel):
+class AloeForVideoQuestionAnswering(SafePreTrainedModel):
     """
     Answers questions about a video from its slots. One transformer reads a learned first token, the slots of all frames
     and the words; two heads read the first token: one scores the answers of a descriptive question, the other whether
@@ -197,11 +196,6 @@ class AloeForVideoQuestionAnswering(PreTrainedModel):
         self.answer_head = AloeHead(config, config.num_answers)
         self.option_head = AloeHead(config, 1)
         self.post_init()
-
-    @classmethod
-    def from_pretrained(cls, *args, use_safetensors: bool | None = True, **kwargs):
-        """As transformers', from safetensors alone: pickled weights are refused unless `use_safetensors=False`."""
-        return super().from_pretrained(*args, use_safetensors=use_safetensors, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module):

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModel, PreTrainedModel
@@ -398,7 +400,50 @@ class CJepaPredictor(nn.Module):
 _STATISTICS = ("action_mean", "action_std", "proprio_mean", "proprio_std")
 
 
-class SlotWorldModel(PreTrainedModel):
+class SafePreTrainedModel(PreTrainedModel):
+    """Base of the models: weights come from safetensors alone, and what cannot be loaded says why and what helps."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, use_safetensors: bool | None = True, **kwargs):
+        """
+        As transformers', from safetensors alone: pickled weights are refused unless `use_safetensors=False`.
+
+        Raises `OSError` where a model is missing, damaged or may not be read, `ConnectionError` (which is one) where its
+        download broke off. `AutoModel` reads config.json before it calls this: errors of that file are transformers'.
+        """
+        name = pretrained_model_name_or_path
+        try:
+            return super().from_pretrained(name, *args, use_safetensors=use_safetensors, **kwargs)
+        except SafetensorError as error:
+            raise OSError(
+                f"the weights of {name} are cut off or damaged ({error}). Copy the folder again, or download it again with "
+                "force_download=True; if that does not help, they are damaged where they were published."
+            ) from error
+        except OSError as error:
+            if use_safetensors and "use_safetensors=True" in str(error):  # transformers' advice is to allow pickles
+                raise OSError(
+                    f"{name} holds no model.safetensors. Weights that are pickles are refused, because loading them can run "
+                    "any code: files of the paper's authors become safetensors by `cjepa-hf convert`, for others ask their "
+                    "publisher."
+                ) from error
+            cause = error.__cause__
+            refused = isinstance(cause, HfHubHTTPError) and not isinstance(cause, RepositoryNotFoundError)
+            if refused and cause.response.status_code in (401, 403):
+                raise OSError(
+                    f"the Hub does not accept the token for {name} ({cause.server_message}). Log in again (`hf auth "
+                    "login`), or correct HF_TOKEN or token=; a public model needs none (token=False)."
+                ) from error
+            raise
+        except Exception as error:
+            if type(error).__module__.split(".")[0] not in ("httpx", "httpx2", "httpcore", "httpcore2"):
+                raise
+            raise ConnectionError(
+                f"the download of {name} broke off ({type(error).__name__}: {error}). Call again: files that arrived whole "
+                "are kept."
+            ) from error
+
+
+class SlotWorldModel(SafePreTrainedModel):
     """
     What world models of slots share, whatever their predictor: checked inputs, `predict` and `rollout`, the slot encoder
     they carry, and the statistics that lead to and from environment units. [`CJepaModel`] and `DinoWmModel` are two.
@@ -430,11 +475,6 @@ class SlotWorldModel(PreTrainedModel):
         if config.slot_encoder_config is not None:
             self.slot_encoder = AutoModel.from_config(config.slot_encoder_config)
         self.post_init()
-
-    @classmethod
-    def from_pretrained(cls, *args, use_safetensors: bool | None = True, **kwargs):
-        """As transformers', from safetensors alone: pickled weights are refused unless `use_safetensors=False`."""
-        return super().from_pretrained(*args, use_safetensors=use_safetensors, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -936,4 +976,12 @@ def _ranks(values: torch.Tensor) -> torch.Tensor:
     return values.argsort(dim=-1).argsort(dim=-1)
 
 
-__all__ = ["CJepaConfig", "CJepaModel", "CJepaOutput", "CJepaRolloutOutput", "SlotWorldModel", "assign_slots"]
+__all__ = [
+    "CJepaConfig",
+    "CJepaModel",
+    "CJepaOutput",
+    "CJepaRolloutOutput",
+    "SafePreTrainedModel",
+    "SlotWorldModel",
+    "assign_slots",
+]

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
+from ..cjepa.modeling_cjepa import SafePreTrainedModel
 from ..images import check_pixel_values
 from .configuration_color_isa import ColorIsaConfig
 
@@ -294,7 +294,7 @@ class ColorIsaDecoder(nn.Module):
         return drawn.view(*scale.shape[:2], features.shape[1], -1)
 
 
-class ColorIsaPreTrainedModel(PreTrainedModel):
+class ColorIsaPreTrainedModel(SafePreTrainedModel):
     config: ColorIsaConfig
     base_model_prefix = "color_isa"
     main_input_name = "pixel_values"
@@ -302,11 +302,6 @@ class ColorIsaPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = False
     memoryless = True  # a frame's slots depend on that frame alone
     slots_keep_roles = True  # slot k is the object of color prototype k in every frame: no matching is needed
-
-    @classmethod
-    def from_pretrained(cls, *args, use_safetensors: bool | None = True, **kwargs):
-        """As transformers', from safetensors alone: pickled weights are refused unless `use_safetensors=False`."""
-        return super().from_pretrained(*args, use_safetensors=use_safetensors, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module):

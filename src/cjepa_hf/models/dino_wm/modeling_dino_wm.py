@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -21,7 +21,7 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from ..cjepa.modeling_cjepa import CJepaMlp, SlotWorldModel, eager_attention_forward, fast_dropout
+from ..cjepa.modeling_cjepa import CJepaMlp, SafePreTrainedModel, SlotWorldModel, eager_attention_forward, fast_dropout
 from .configuration_dino_wm import DinoWmConfig, PatchEncoderConfig
 
 
@@ -300,7 +300,7 @@ class DinoWmModel(SlotWorldModel):
 # -------------------------------------------------------------------------------------------------- patch encoder
 
 
-class PatchEncoderModel(PreTrainedModel):
+class PatchEncoderModel(SafePreTrainedModel):
     r"""
     A frozen vision backbone as an encoder whose slots are patches (model type `"patch-encoder"`), memoryless. It takes the
     place of a slot encoder everywhere: in extraction, in training (`--slot_encoder`), in planning from pixels.
@@ -326,11 +326,6 @@ class PatchEncoderModel(PreTrainedModel):
         self.register_buffer("feature_mean", torch.zeros(config.slot_size))
         self.register_buffer("feature_std", torch.ones(config.slot_size))
         self.post_init()
-
-    @classmethod
-    def from_pretrained(cls, *args, use_safetensors: bool | None = True, **kwargs):
-        """As transformers', from safetensors alone: pickled weights are refused unless `use_safetensors=False`."""
-        return super().from_pretrained(*args, use_safetensors=use_safetensors, **kwargs)
 
     @classmethod
     def from_backbone(cls, backbone, **config) -> "PatchEncoderModel":

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
+from ..cjepa.modeling_cjepa import SafePreTrainedModel
 from ..images import check_pixel_values
 from .configuration_savi import SaviConfig
 
@@ -188,7 +188,7 @@ class SaviRnnPredictor(nn.Module):
         return self.out_projector(out).view(shape), torch.cat(hidden).view(2, *shape[:2], -1)
 
 
-class SaviPreTrainedModel(PreTrainedModel):
+class SaviPreTrainedModel(SafePreTrainedModel):
     config: SaviConfig
     base_model_prefix = "savi"
     main_input_name = "pixel_values"
@@ -198,11 +198,6 @@ class SaviPreTrainedModel(PreTrainedModel):
     slots_keep_roles = (
         False  # a slot stays with its object inside a video; which object that is differs between videos
     )
-
-    @classmethod
-    def from_pretrained(cls, *args, use_safetensors: bool | None = True, **kwargs):
-        """As transformers', from safetensors alone: pickled weights are refused unless `use_safetensors=False`."""
-        return super().from_pretrained(*args, use_safetensors=use_safetensors, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module):

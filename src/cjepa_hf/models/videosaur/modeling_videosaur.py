@@ -16,10 +16,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoConfig, Dinov2Model, PreTrainedModel
+from transformers import AutoConfig, Dinov2Model
 from transformers import initialization as init
 from transformers.utils import ModelOutput, logging
 
+from ..cjepa.modeling_cjepa import SafePreTrainedModel
 from ..images import check_pixel_values
 from .configuration_videosaur import VideoSaurConfig
 
@@ -282,7 +283,7 @@ class VideoSaurDecoder(nn.Module):
         return self.head(x), masks.transpose(-1, -2)
 
 
-class VideoSaurPreTrainedModel(PreTrainedModel):
+class VideoSaurPreTrainedModel(SafePreTrainedModel):
     config: VideoSaurConfig
     base_model_prefix = "videosaur"
     main_input_name = "pixel_values"
@@ -295,11 +296,6 @@ class VideoSaurPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-
-    @classmethod
-    def from_pretrained(cls, *args, use_safetensors: bool | None = True, **kwargs):
-        """As transformers', from safetensors alone: pickled weights are refused unless `use_safetensors=False`."""
-        return super().from_pretrained(*args, use_safetensors=use_safetensors, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module):
