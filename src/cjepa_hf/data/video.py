@@ -10,6 +10,7 @@
 | numpy | `.npy` [T, H, W, 3], or `.npz` with `frames` and further columns | its stem |
 | a folder of stable-worldmodel (`pusht_expert_train`): Arrow table and `videos/<n>_pixels.mp4` | an `episode_idx` | `<n>` |
 | HDF5 of stable-worldmodel: `pixels`, `ep_len`, `ep_offset`, `action`, ... | an episode | `<n>` |
+| a LeRobotDataset (`lerobot/pusht`), folder or Hub id: one table row per frame, `meta/info.json`; see `lerobot.py` | an episode | `episode_<n>` |
 | WebDataset shards (`.tar`), read by `datasets` | an entry | its key |
 | a collected dataset, a folder that `datasets` reads, a Hub id, a `Dataset` or `DatasetDict` | a row: `frames` or `images` (list of pictures or uint8 [T, H, W, 3]), a `Video` column, or a `state` that a simulator draws | `episode_id` |
 
@@ -327,7 +328,7 @@ def open_videos(source, split: str | None = None, **arguments) -> list[Video]:
     """The videos of one split of `source` (see the module for what it may be), sorted by name or in rows' order.
 
     Args:
-        source: path, Hub id, `Dataset` or `DatasetDict`.
+        source: path, Hub id, `Dataset`, `DatasetDict` or [`VideoSource`].
         split: may be left out where there is only one.
         arguments: as [`open_source`].
     """
@@ -358,8 +359,18 @@ def open_source(
         FileNotFoundError: there is no such place.
         ValueError: nothing in it is a video, a split is missing, a file is damaged, or two rows have one name.
     """
+    if isinstance(source, VideoSource):
+        wanted = _wanted(source.name, list(source.splits), splits)
+        return VideoSource(source.name, {split: source.splits[split] for split in wanted}, source.metadata)
     if isinstance(source, datasets.Dataset):
         source = datasets.DatasetDict({str(source.split or "train"): source})
+    if not isinstance(source, datasets.DatasetDict):
+        from .lerobot import find_lerobot, open_lerobot
+
+        folder = find_lerobot(source, revision)
+        if folder is not None:
+            name = Path(source).resolve().name if Path(source).exists() else str(source)
+            return open_lerobot(folder, splits=splits, name=name)
     path = None if isinstance(source, datasets.DatasetDict) else Path(source)
     found = None if path is None or not path.exists() else _files_by_split(path)
     if found:
