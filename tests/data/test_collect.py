@@ -364,3 +364,46 @@ def test_bad_arguments_of_scenes_are_refused_before_anything_is_written(tmp_path
 def test_a_folder_of_push_t_is_refused_for_scenes(collected):
     with pytest.raises(ValueError, match="other arguments"):
         collect_collisions(collected, **SCENES)
+
+
+def moved_into_place(run) -> list[str]:
+    """Names of the Parquet files that `run()` moves to their places."""
+    names, replace = set(), os.replace
+
+    def noting(source, target):
+        replace(source, target)
+        names.add(Path(target).name)
+
+    os.replace = noting
+    run()
+    return sorted(name for name in names if name.endswith(".parquet"))
+
+
+@pytest.mark.parametrize("world", ["push_t", "collisions"])
+def test_several_processes_collect_the_same_files_as_one(tmp_path, world):
+    def collect(folder):
+        if world == "push_t":
+            return collect_push_t(folder, num_workers=1, **SMALL)
+        return collect_collisions(
+            folder, num_scenes={"train": 3, "validation": 1}, shard_size=1, num_workers=1, progress=False
+        )
+
+    one = collect(tmp_path / "one")
+    children = []
+    for rank in (1, 0):
+        child = os.fork()
+        if child == 0:
+            signal.alarm(60)
+            os.environ.update(RANK=str(rank), WORLD_SIZE="2")
+            try:
+                shards = moved_into_place(lambda: collect(tmp_path / "two"))
+                (tmp_path / f"rank{rank}").write_text(json.dumps(shards))
+                os._exit(0)
+            finally:
+                os._exit(1)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+    assert content(tmp_path / "two") == content(one)
+    shards = [set(json.loads((tmp_path / f"rank{rank}").read_text())) for rank in (0, 1)]
+    assert all(shards) and not shards[0] & shards[1]
+    assert len(shards[0] | shards[1]) == len(list((one / "data").glob("*.parquet"))) == 4

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -214,7 +215,8 @@ def collect_push_t(
     Every episode has a random stream of its own, so that its data depend on `seed`, split, index, policy and length
     only, neither on `num_workers` nor on `shard_size`. A collection that was interrupted, by kill -9 too, goes on
     where it stood when the same call is made again; a finished one is left as it is. `data/` appears only when every
-    shard is written, README.md and collection.json last.
+    shard is written, README.md and collection.json last. Started in several processes (`accelerate launch`, `torchrun`,
+    RANK and WORLD_SIZE), each one writes every n-th shard; all of them must see the folder.
 
     The folder has one row per episode; T = episode_length + 1 frames: `episode_id`; `actions` [T, 2] float32, relative
     targets in units of 100 px, in [-1, 1], action t is taken at frame t, the last row is NaN (nothing was done after
@@ -301,6 +303,10 @@ def _collect(
 
     data, final = folder / "data", folder / "collection.json"
     working = folder / ".collecting"  # hidden: `load_dataset` never looks inside
+    # several processes, also of several machines, share the shards and meet in the folder
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if rank > 0:
+        _wait(lambda: final.exists() or (working / "collection.json").exists())
     found = next((path for path in (final, working / "collection.json") if path.exists()), None)
     if found is not None:
         _check_same(found, settings)
@@ -314,28 +320,38 @@ def _collect(
             raise ValueError(
                 f"{data} lacks {', '.join(missing[:3])}: files were removed. Delete {folder}, collect again."
             )
+    if rank > 0 and data.exists():
+        _wait(final.exists)
     if final.exists():
-        shutil.rmtree(working, ignore_errors=True)
+        if rank == 0:
+            shutil.rmtree(working, ignore_errors=True)
         return folder
 
     if not data.exists():
-        (working / "data").mkdir(parents=True, exist_ok=True)
+        if rank == 0:
+            (working / "data").mkdir(parents=True, exist_ok=True)
         if found is None:
             _write_file(working / "collection.json", _json(settings))
-        for leftover in (working / "data").glob(".*.partial"):
-            leftover.unlink(missing_ok=True)
-        todo = {name: work for name, work in shards.items() if not (working / "data" / name).exists()}
-        done = sum(len(indices) for name, (_, indices) in shards.items() if name not in todo)
+        mine = dict(list(shards.items())[rank::world])
+        for name in mine:
+            for leftover in (working / "data").glob(f".{name}.*.partial"):
+                leftover.unlink(missing_ok=True)
+        todo = {name: work for name, work in mine.items() if not (working / "data" / name).exists()}
+        done = sum(len(indices) for name, (_, indices) in mine.items() if name not in todo)
         bar = tqdm(
-            total=sum(settings["num_episodes"].values()),
+            total=sum(len(indices) for _, indices in mine.values()),
             initial=done,
             unit="episode",
-            desc=f"collecting {title}",
-            disable=not progress,
+            desc=f"collecting {title}" + (f" (process {rank + 1} of {world})" if world > 1 else ""),
+            disable=not progress or rank > 0,
         )
         with bar:
             jobs = [(working / "data" / name, settings, *work) for name, work in todo.items()]
             _run_jobs(write_shard, jobs, num_workers, bar.update)
+        if rank > 0:
+            _wait(final.exists)
+            return folder
+        _wait(lambda: all((working / "data" / name).exists() for name in shards))
         if finish is not None:
             finish(working, settings)
         for extra in working.iterdir():
@@ -347,6 +363,11 @@ def _collect(
     _write_file(final, _json({"schema_version": 1, **settings, **description}))
     shutil.rmtree(working, ignore_errors=True)
     return folder
+
+
+def _wait(condition: Callable[[], bool]) -> None:
+    while not condition():
+        time.sleep(0.2)
 
 
 def _run_jobs(write_shard, jobs, num_workers, update):
