@@ -138,6 +138,7 @@ def test_help_names_every_command(capsys):
     [
         ("cjepa", "--slot_encoder"),
         ("color-isa", "--num_frames"),
+        ("crop-slots", "--frame_stride"),
         ("savi", "--flip_probability"),
         ("videosaur", "--backbone"),
     ],
@@ -276,9 +277,9 @@ def test_demo_writes_its_pictures_and_reports(root, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (truncate(5000), "safetensors file of the model is damaged"),
-        (truncate(-5000), "safetensors file of the model is damaged"),
-        (truncate(3), "safetensors file of the model is damaged"),
+        (truncate(5000), "are cut off or damaged"),
+        (truncate(-5000), "are cut off or damaged"),
+        (truncate(3), "are cut off or damaged"),
         (lambda folder: (folder / "model.safetensors").unlink(), "no file named model.safetensors"),
         (lambda folder: (folder / "config.json").write_text("{"), "not a valid JSON file"),
         (lambda folder: (folder / "preprocessor_config.json").unlink(), "preprocessor_config.json"),
@@ -304,7 +305,7 @@ def test_damaged_weights_are_named_by_every_command(root, episodes, slots, tmp_p
         "extract": [episodes, "--encoder", folder, "--output-dir", tmp_path / "new"],
         "train": ["cjepa", "--dataset", slots, "--slot_encoder", folder, "--output_dir", tmp_path / "new", FAST],
     }[command]
-    assert "is damaged" in fails(capsys, command, *words)
+    assert "are cut off or damaged" in fails(capsys, command, *words)
     assert not any(path.is_file() for path in (tmp_path / "new").rglob("*"))
 
 
