@@ -456,12 +456,13 @@ def evaluate(arguments, _) -> None:
         )
         print(json.dumps(results, indent=1)) if arguments.json else print_cf_rollout(results)
         return
-    from cjepa_hf.evaluation.suite import evaluate_push_t, print_evaluation
+    from cjepa_hf.evaluation.processes import evaluate_push_t_in_processes
+    from cjepa_hf.evaluation.suite import print_evaluation
 
     if arguments.model and len(arguments.model) > 1:
         raise ValueError(f"{arguments.protocol} takes one --model, got {len(arguments.model)}")
     arguments.model = arguments.model[0] if arguments.model else None
-    results = evaluate_push_t(
+    results = evaluate_push_t_in_processes(
         _model(arguments),
         protocol=arguments.protocol,
         planners=arguments.planner,
@@ -475,7 +476,8 @@ def evaluate(arguments, _) -> None:
         progress=not arguments.json,
         on_row=(lambda results: _write(output, results)) if output else None,
     )
-    print(json.dumps(results, indent=1)) if arguments.json else print_evaluation(results)
+    if results is not None:  # of several processes, the first one has them
+        print(json.dumps(results, indent=1)) if arguments.json else print_evaluation(results)
 
 
 def suite(_, rest) -> None:
