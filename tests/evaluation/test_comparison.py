@@ -101,7 +101,7 @@ def fake_cell(suite, variant, seed, args, data):
     success = [True] * 4 if variant == "c-jepa" else [True, True, False, seed == 1]
     settings = comparison.cell_settings(suite, variant, seed, args)
     cell = {
-        "suite": suite, "variant": variant, "seed": seed, **settings, "tokens": 4, "width": 64,
+        "suite": suite, "variant": variant, "seed": seed, **settings, "data": str(args.slots), "tokens": 4, "width": 64,
         "trained": {"steps": 9, "seconds": 60.0, "cpu_seconds": 30.0 + 60 * seed, "peak_memory_mib": 100 + seed,
                     "parameters": 7, "validation": {"mse_1": 1.0, "mse_5": 0.5, "copy_mse_1": 1.0, "copy_mse_5": 2.0}},
         "evaluation": {"success": success, "seconds_per_plan": 0.5, "plans_per_task": 4.0},
@@ -117,7 +117,9 @@ def fake_cell(suite, variant, seed, args, data):
 @pytest.fixture
 def ran(monkeypatch):
     cells = []
-    monkeypatch.setattr(comparison, "prepare_data", lambda args, patches: {"patches": patches})
+    monkeypatch.setattr(
+        comparison, "prepare_data", lambda args, patches: {"slots": {"described": str(args.slots)}, "patches": patches}
+    )
     monkeypatch.setattr(
         comparison, "run_cell", lambda *cell: (cells.append((*cell[:3], cell[4]["patches"])), fake_cell(*cell))
     )
@@ -167,7 +169,12 @@ def test_cells_of_other_settings_are_not_mixed(tmp_path, ran):
         main(words(tmp_path, "--only", "c-jepa_seed0"))
     with pytest.raises(ValueError, match="num_tasks"):
         main(words(tmp_path, "--only", "c-jepa_seed0", "--max_steps", "30", "--num_tasks", "3"))
-    assert len(ran) == 1
+    with pytest.raises(ValueError, match="max_steps"):  # nor beside each other
+        main(words(tmp_path, "--only", "c-jepa_seed1"))
+    given = words(tmp_path, "--only", "c-jepa_seed1", "--max_steps", "30")
+    with pytest.raises(ValueError, match=r"'data': .'s', 'other'"):
+        main([*given, "--slots", "other"])
+    assert len(ran) == 1 and len(main(given)["missing"]) == 10
 
 
 def test_wrong_arguments_cost_no_work(tmp_path, ran):

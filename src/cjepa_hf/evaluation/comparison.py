@@ -374,7 +374,7 @@ def _result_file(folder: Path, suite: str, variant: str, seed: int) -> Path:
 
 
 def tabulate(suite: str, folder: Path, seeds: Sequence[int]) -> dict[str, Any]:
-    """{"suite", "reference", "rows": one per variant with results, "missing": cells without, "cells"} from the files."""
+    """{"suite", "reference", "rows": one per variant with results, "missing": cells without, ...} from the files."""
     found: dict[str, dict[int, Any]] = {}
     missing = []
     for variant, seed in cell_names(suite, seeds):
@@ -569,7 +569,9 @@ def draw(table: dict[str, Any]):
 def main(argv: Sequence[str] | None = None, suite: str | None = None) -> dict[str, Any]:
     """Runs what is missing of a suite and prints, writes and returns its table."""
     parser = argparse.ArgumentParser(
-        prog="cjepa-hf evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=None if suite else "cjepa-hf evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--suite", choices=list(SUITES), required=suite is None, default=suite)
     parser.add_argument("--output-dir", "--output_dir", type=Path, required=True)
@@ -610,7 +612,7 @@ def main(argv: Sequence[str] | None = None, suite: str | None = None) -> dict[st
         names = ", ".join("{}_seed{}".format(*cell) for cell in wanted)
         parser.error(f"no cell is named like {args.only}; there are {names}")
     if not args.table:
-        _run(args, chosen)
+        _run(args, wanted, chosen)
     table = tabulate(args.suite, args.output_dir, args.seeds)
     if table["rows"]:
         paths = write_table(table, args.output_dir)
@@ -623,7 +625,7 @@ def main(argv: Sequence[str] | None = None, suite: str | None = None) -> dict[st
     return table
 
 
-def _run(args: argparse.Namespace, chosen: list[tuple[str, int]]) -> None:
+def _run(args: argparse.Namespace, wanted: list[tuple[str, int]], chosen: list[tuple[str, int]]) -> None:
     import torch
 
     from .protocols import load_protocol
@@ -632,23 +634,28 @@ def _run(args: argparse.Namespace, chosen: list[tuple[str, int]]) -> None:
     if args.device is None:
         args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     select_tasks(load_protocol(args.protocol), args.num_tasks)  # a wrong number is said before the work begins
-    todo = []
-    for variant, seed in chosen:
-        path = _result_file(args.output_dir, args.suite, variant, seed)
-        if not path.is_file():
-            todo.append((variant, seed))
-            continue
-        done, now = json.loads(path.read_text(encoding="utf-8")), cell_settings(args.suite, variant, seed, args)
-        changed = {key: (done[key], now[key]) for key in now if done[key] != now[key]}
-        if changed:
-            raise ValueError(f"{path} was made with other settings (then, now): {changed}. Give another --output-dir")
+    finished = {}
+    for cell in wanted:
+        path = _result_file(args.output_dir, args.suite, *cell)
+        if path.is_file():
+            finished[path] = json.loads(path.read_text(encoding="utf-8"))
+            _require_same(path, finished[path], cell_settings(args.suite, *cell, args))
+    todo = [cell for cell in chosen if _result_file(args.output_dir, args.suite, *cell) not in finished]
     patches = any(SUITES[args.suite][variant].get("model") == PATCHES for variant, _ in todo)
     if todo and (args.encoder is None or (args.episodes is None and (patches or args.slots is None))):
         raise ValueError("--encoder is needed, and --episodes (without them only --slots, and no patch tokens)")
     data = prepare_data(args, patches) if todo else {}
+    for path, cell in finished.items() if todo else ():
+        _require_same(path, cell, {"data": data["slots"]["described"]})
     for variant, seed in todo:
         print(f"== {args.suite}: {variant}, seed {seed}", file=sys.stderr, flush=True)
         run_cell(args.suite, variant, seed, args, data)
+
+
+def _require_same(path: Path, cell: dict[str, Any], settings: dict[str, Any]) -> None:
+    changed = {key: (cell[key], value) for key, value in settings.items() if cell[key] != value}
+    if changed:
+        raise ValueError(f"{path} was made with other settings (then, now): {changed}. Give another --output-dir")
 
 
 if __name__ == "__main__":
