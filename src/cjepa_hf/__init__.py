@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcesso
 from .models.aloe import AloeConfig, AloeForVideoQuestionAnswering, AloeProcessor
 from .models.cjepa import CJepaConfig, CJepaModel, CJepaOutput, CJepaRolloutOutput
 from .models.color_isa import ColorIsaConfig, ColorIsaImageProcessor, ColorIsaModel
+from .models.crop_slots import CropSlotsConfig, CropSlotsImageProcessor, CropSlotsModel
 from .models.dino_wm import DinoWmConfig, DinoWmModel, PatchEncoderConfig, PatchEncoderModel
 from .models.savi import SaviConfig, SaviImageProcessor, SaviModel
 from .models.videosaur import VideoSaurConfig, VideoSaurImageProcessor, VideoSaurModel
@@ -24,6 +25,9 @@ AutoModel.register(CJepaConfig, CJepaModel)
 AutoConfig.register("color-isa", ColorIsaConfig)
 AutoModel.register(ColorIsaConfig, ColorIsaModel)
 AutoImageProcessor.register(ColorIsaConfig, ColorIsaImageProcessor)
+AutoConfig.register("crop-slots", CropSlotsConfig)
+AutoModel.register(CropSlotsConfig, CropSlotsModel)
+AutoImageProcessor.register(CropSlotsConfig, CropSlotsImageProcessor)
 AutoConfig.register("dino-wm", DinoWmConfig)
 AutoModel.register(DinoWmConfig, DinoWmModel)
 AutoConfig.register("patch-encoder", PatchEncoderConfig)
@@ -70,6 +74,9 @@ __all__ = [
     "ColorIsaConfig",
     "ColorIsaImageProcessor",
     "ColorIsaModel",
+    "CropSlotsConfig",
+    "CropSlotsImageProcessor",
+    "CropSlotsModel",
     "DinoWmConfig",
     "DinoWmModel",
     "PatchEncoderConfig",

@@ -116,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = command(
         "train", train, "Train a model; what follows its name is that training's own arguments.", add_help=False
     )
-    sub.add_argument("model", nargs="?", choices=["cjepa", "dino-wm", "color-isa", "savi", "videosaur"])
+    sub.add_argument("model", nargs="?", choices=["cjepa", "dino-wm", "color-isa", "crop-slots", "savi", "videosaur"])
     sub.add_argument("-h", "--help", action="store_true", dest="show_help")
 
     sub = command(
@@ -414,8 +414,8 @@ def _print_preview(seen: dict, folder: Path) -> None:
 def train(arguments, rest) -> None:
     if arguments.model is None:
         print(
-            "usage: cjepa-hf train {cjepa,dino-wm,color-isa,savi,videosaur} [arguments]; `cjepa-hf train cjepa --help` "
-            "lists them"
+            "usage: cjepa-hf train {cjepa,dino-wm,color-isa,crop-slots,savi,videosaur} [arguments]; `cjepa-hf train cjepa "
+            "--help` lists them"
         )
         return
     if arguments.show_help:

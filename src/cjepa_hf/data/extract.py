@@ -504,6 +504,9 @@ def open_encoder(encoder, revision, image_processor, device) -> tuple[torch.nn.M
         "config_hash": fingerprint({k: v for k, v in config.items() if k not in volatile and k != "_commit_hash"}),
         "weights_hash": weights_hash(model),
     }
+    empty = getattr(model, "empty_slot", None)
+    if empty is not None:
+        description["empty_slot"] = empty.float().tolist()
     return model, image_processor, description
 
 

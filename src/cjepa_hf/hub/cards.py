@@ -47,6 +47,11 @@ _KINDS = {
         "slots = model(pixel_values).slots  # pixel_values [B, T, 3, {image_size}, {image_size}] of its image processor",
         "Turning images of few objects of constant color, from one fixed camera, into object slots.",
     ),
+    "crop-slots": (
+        "CropSlotsModel", "image-feature-extraction", ["object-centric", "slots", "video"],
+        "slots = model(pixel_values).slots  # pixel_values [B, T, 3, {image_size}, {image_size}] of its image processor",
+        "Turning videos of few similar objects, of any color, from one fixed camera into object slots.",
+    ),
     "aloe": (
         "AloeForVideoQuestionAnswering", "visual-question-answering", ["object-centric", "question-answering"],
         "logits = model(**inputs)  # of AloeProcessor: slots [B, {num_frames}, {num_slots}, {slot_size}] and questions",
@@ -151,6 +156,7 @@ _TITLES = {
     "videosaur": "A VideoSAUR slot encoder",
     "savi": "A stochastic SAVi slot encoder",
     "color-isa": "A small slot encoder for objects of constant color",
+    "crop-slots": "A small slot encoder that follows objects in front of a constant background",
     "aloe": "An ALOE, which answers questions about videos from object slots",
 }
 
@@ -216,6 +222,11 @@ def _limits(config: Mapping, source: Mapping) -> list[str]:
         limits.append("Slots are drawn at random in inference too (`sample_in_eval`).")
     if kind == "color-isa" or (config.get("slot_encoder_config") or {}).get("model_type") == "color-isa":
         limits.append("Objects are told apart by their constant colors, from one fixed camera.")
+    if kind == "crop-slots" or (config.get("slot_encoder_config") or {}).get("model_type") == "crop-slots":
+        limits.append(
+            "The camera must not move, and the background is the constant one of its training; objects are of similar size, "
+            "hardly hide each other, and move by less than a radius per frame: give it every frame."
+        )
     if kind == "aloe":
         limits.append("It knows the words and answers of CLEVRER alone.")
     return limits
