@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModel
+from transformers import AutoImageProcessor, AutoModel, pipeline
 
 from cjepa_hf import CJepaConfig, CJepaModel, bundled_checkpoint
 from cjepa_hf.demo import run_demo, save_gif, without_block
+from cjepa_hf.simulators.push_t import random_states
 from cjepa_hf.simulators.rendering import render_push_t
 
 
@@ -86,3 +87,14 @@ def test_a_model_without_the_encoder_that_the_demo_needs_is_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no slot encoder; the demo needs a ColorIsaModel"):
         run_demo(tmp_path / "model", tmp_path / "demo", num_tasks=1, progress=False)
     assert not (tmp_path / "demo").exists()
+
+
+@pytest.mark.parametrize("style", ["smooth", "aliased"])
+def test_frames_with_red_and_blue_swapped_are_refused_and_no_others(style):
+    planner = pipeline("goal-planning", model=str(bundled_checkpoint()))
+    states = random_states(20, np.random.default_rng(0))
+    frames = render_push_t(states, resolution=96, style=style)
+    for frame in frames:
+        planner.preprocess({"start": frame, "goal": frame})
+        with pytest.raises(ValueError, match="start seems to be BGR"):
+            planner.preprocess({"start": frame[..., ::-1], "goal": frame})

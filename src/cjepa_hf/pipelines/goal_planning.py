@@ -11,6 +11,7 @@ from transformers import Pipeline
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 
 from cjepa_hf.models.cjepa import SlotWorldModel
+from cjepa_hf.models.color_isa import ColorIsaModel
 from cjepa_hf.planning import CEMPlanner, ICEMPlanner, MPPIPlanner, SlotGoalCost, default_planner, default_policy
 from cjepa_hf.planning.mpc import needs_matching
 
@@ -60,7 +61,8 @@ class GoalPlanningPipeline(Pipeline):
         cost: float, the cost of this plan.
         proprio: float32 [P], the proprioception that was used in environment units, or None.
 
-    Errors are ValueErrors: a model without action statistics, images without a slot encoder, wrong shapes.
+    Errors are ValueErrors: a model without action statistics, images without a slot encoder, wrong shapes, and (with a
+    [`ColorIsaModel`] inside) images whose channels are in the order BGR.
     """
 
     _load_tokenizer = False
@@ -142,7 +144,24 @@ class GoalPlanningPipeline(Pipeline):
                 "no image processor was found beside the model: pass image_processor=... to pipeline(), or save one "
                 "into the model's folder with image_processor.save_pretrained(folder)"
             )
-        return {"pixel_values": self.image_processor([scene], return_tensors="pt")["pixel_values"]}
+        pixel_values = self.image_processor([scene], return_tensors="pt")["pixel_values"]
+        self._check_channel_order(pixel_values, name)
+        return {"pixel_values": pixel_values}
+
+    def _check_channel_order(self, pixel_values: torch.Tensor, name: str) -> None:
+        """An encoder of colors draws again what it sees: BGR images far worse than the same ones turned to RGB."""
+        encoder = self.model.slot_encoder
+        if not isinstance(encoder, ColorIsaModel):
+            return
+        both = torch.cat([pixel_values, pixel_values.flip(-3)]).to(device=encoder.device, dtype=encoder.dtype)
+        with torch.inference_mode():
+            drawn = encoder.decode(encoder(both).slots).reconstruction
+        given, turned = (drawn - both).float().square().mean(dim=(1, 2, 3)).sqrt().tolist()
+        if turned < given / 2:
+            raise ValueError(
+                f"{name} seems to be BGR: the slot encoder draws it again with an error of {given:.3f}, and of {turned:.3f} "
+                "with red and blue swapped. Give RGB images (image[..., ::-1])"
+            )
 
     def _forward(
         self,
