@@ -103,9 +103,9 @@ def fake_cell(suite, variant, seed, args, data):
     cell = {
         "suite": suite, "variant": variant, "seed": seed, **settings, "data": str(args.slots), "tokens": 4, "width": 64,
         "trained": {"steps": 9, "seconds": 60.0, "cpu_seconds": 30.0 + 60 * seed, "peak_memory_mib": 100 + seed,
-                    "parameters": 7, "validation": {"mse_1": 1.0, "mse_5": 0.5, "copy_mse_1": 1.0, "copy_mse_5": 2.0}},
+                    "parameters": 7, "resumed": seed == 2, "validation": {"mse_1": 1.0, "mse_5": 0.5, "copy_mse_1": 1.0, "copy_mse_5": 2.0}},
         "evaluation": {"success": success, "seconds_per_plan": 0.5, "plans_per_task": 4.0},
-        "device": "cpu", "hardware": "h", "processor": "p", "versions": {}, "commit": "c",
+        "device": "cpu", "hardware": "h", "processor": "p", "versions": {}, "commit": "c", "load_average": seed,
     }  # fmt: skip
     if args.time_plans and seed == args.seeds[0]:
         cell["paper_planner_seconds"] = [2.0, 4.0]
@@ -138,7 +138,7 @@ def test_finished_cells_are_not_run_again_and_the_table_names_what_is_missing(tm
     assert main(["--suite", "push-t", "--output-dir", str(tmp_path), "--table"]) == table
     other, ours = table["rows"]
     assert ours["rate"] == 1 and ours["n"] == 12 and ours["by_seed"] == [1, 1, 1] and "difference" not in ours
-    assert ours["training_cpu_minutes"] == pytest.approx(1.5) and ours["peak_memory_mib"] == 102
+    assert ours["training_cpu_minutes"] == 1.0 and ours["load_average"] == 2 and ours["peak_memory_mib"] == 102
     assert other["rate"] == 0.5 and other["difference"]["difference"] == -0.5 and other["difference"]["tasks"] == 4
     assert ours["error_against_copying"] == 0.25 and ours["plan_seconds_per_task"] == 2
     assert ours["paper_seconds_per_plan"] == 3 and ours["paper_plans_timed"] == 2

@@ -5,11 +5,12 @@ cells of a suite share data, steps, batch, optimizer, tasks and planner, and eac
 done when its json exists: the same command goes on with what is missing.
 
 - `push-t`: the paper's baselines. DINO-WM over patch tokens of the slot encoder's own features, the same autoregressive
-  predictor over slots (OC-DINO-WM), OC-JEPA and C-JEPA (paper section 4.2).
-- `masking`: object, token and tube masks over 25 % and 50 % of the slots, as the paper's section 4.4, with three frames of
-  history throughout (a history cut short leaves the kinds of masks little to differ in).
+  predictor over slots (OC-DINO-WM), OC-JEPA and C-JEPA. All predict the change from the last frame.
+- `masking`: the paper's ablation, object, token and tube masks over 25 % and 50 % of the slots, and our masks of what moves.
+  Histories are not cut short here: one or two frames leave the kinds of masks little to differ in.
 - `auxiliary`: actions and proprioception as tokens or concatenated to every slot; 1, 2 and 3 frames of history.
-- `flags`: what is ours and not the paper's (norm before attention, residual prediction, anchor, mixed history), each alone.
+- `flags`: what is ours and not the paper's (norm before attention, residual prediction, anchor, mixed history), each alone on
+  top of the released objective (1 of 4 slots hidden).
 """
 
 import argparse
@@ -96,7 +97,8 @@ SUITES: dict[str, dict[str, dict[str, Any]]] = {
 }
 # What the differences of a suite are taken from.
 REFERENCES = {"push-t": "c-jepa", "masking": "none", "auxiliary": "tokens", "flags": "none"}
-# Models that never saw one frame alone are not asked to plan with one.
+# A plan starts from one observed frame. While it is imagined the model sees all the frames it was trained with, except where
+# every model of the suite has learned from single frames: one is enough then, and cheaper.
 PLANNERS = {name: "default/window=1" if name == "push-t" else "default/window=3" for name in SUITES}
 PAPER_TASKS, PAPER_PLANS = 50, 2
 
@@ -405,6 +407,7 @@ def _row(cells: list[dict[str, Any]]) -> dict[str, Any]:
 
     successes = [cell["evaluation"]["success"] for cell in cells]
     trained = [cell["trained"] for cell in cells]
+    whole = [one for one in trained if not one["resumed"]]
     errors = [one["validation"] for one in trained]
     steps = max(int(name.removeprefix("copy_mse_")) for name in errors[0] if name.startswith("copy_mse_"))
     row = {
@@ -419,12 +422,14 @@ def _row(cells: list[dict[str, Any]]) -> dict[str, Any]:
         "imagined_frames": steps,
         "error_against_copying": mean([e[f"mse_{steps}"] / e[f"copy_mse_{steps}"] for e in errors]),
         "training_minutes": mean([one["seconds"] for one in trained]) / 60,
-        "training_cpu_minutes": mean([one["cpu_seconds"] for one in trained]) / 60,
+        # of a resumed training only the last part is known
+        "training_cpu_minutes": None if not whole else mean([one["cpu_seconds"] for one in whole]) / 60,
         "peak_memory_mib": max(one["peak_memory_mib"] for one in trained),
         "plan_seconds_per_task": mean(
             [cell["evaluation"]["seconds_per_plan"] * cell["evaluation"]["plans_per_task"] for cell in cells]
         ),
     }
+    row["load_average"] = max(cell["load_average"] for cell in cells)
     gpu = [one["peak_gpu_memory_mib"] for one in trained if "peak_gpu_memory_mib" in one]
     row |= {"peak_gpu_memory_mib": max(gpu)} if gpu else {}
     seconds = [value for cell in cells for value in cell.get("paper_planner_seconds", ())]
@@ -458,7 +463,10 @@ def print_table(table: dict[str, Any]) -> None:
         gap = row.get("difference")
         line += f"{'{difference:+.3f} [{low:+.3f}, {high:+.3f}]'.format(**gap) if gap else '-':<25}"
         line += f"{'{tokens} x {width}'.format(**row):>10}{row['error_against_copying']:>7.3f}{row['training_minutes']:>10.1f}"
-        line += f"{row['training_cpu_minutes']:>9.1f}{row['peak_memory_mib']:>7}{row['plan_seconds_per_task']:>8.2f}"
+        cpu = row["training_cpu_minutes"]
+        line += (
+            f"{'-' if cpu is None else f'{cpu:.1f}':>9}{row['peak_memory_mib']:>7}{row['plan_seconds_per_task']:>8.2f}"
+        )
         if total in row:
             plans = f"{row['paper_seconds_per_plan']:.2f} (n={row['paper_plans_timed']})"
             line += f"{plans:>14}{row[total]:>9.0f}s"
