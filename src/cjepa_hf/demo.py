@@ -64,6 +64,8 @@ def run_demo(
             f"without it and needs a model trained with {len(PROPRIO_INDICES)} numbers. Use `cjepa-hf evaluate`."
         )
     output = Path(output_dir)
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"the output folder {output} is a file: choose another name")
     output.mkdir(parents=True, exist_ok=True)
 
     paths: dict[tuple[int, int], np.ndarray] = {}  # (step, task) -> [H, 2] imagined positions of the block, px

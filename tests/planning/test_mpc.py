@@ -231,6 +231,14 @@ def test_missing_proprioception_becomes_the_mean_with_one_warning():
     assert all((call["proprio"] == 0).all() for call in model.calls)
 
 
+def test_proprioception_in_other_units_is_warned_about():
+    start, goal = tasks()
+    policy = MPCPolicy(ExactModel(proprio_size=2), planner())
+    policy.reset({"slots": goal})
+    with pytest.warns(UserWarning, match=r"standard deviations from the mean.*environment units"):
+        policy.act({"slots": start, "proprio": np.full((3, 2), 1e4, np.float32)})
+
+
 def test_goal_proprioception_enters_the_cost_only_when_given():
     start, goal = tasks()
     for extra, differs in (({}, False), ({"proprio": np.full((3, 2), 50, np.float32)}, True)):

@@ -459,3 +459,4 @@ def test_two_processes_give_the_gradient_of_one(tmp_path):
     assert cjepa._may_leave_parameters_unused(
         arguments("--history_crop_probability", "0.7"), {"residual_prediction": "velocity"}
     )
+    assert cjepa._may_leave_parameters_unused(arguments("--history_crop_probability", "0.7", "--init_model", "a"), {})

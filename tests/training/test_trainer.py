@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator, debug_launcher
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from torch import nn
 
@@ -20,6 +21,7 @@ from cjepa_hf.training.trainer import (
     compute_gradients,
     find_checkpoint,
     learning_rate_factor,
+    make_accelerator,
     make_optimizers,
     micro_batch_slice,
     read_log,
@@ -477,7 +479,7 @@ def test_a_batch_that_cannot_be_shared_is_an_error(tmp_path):
         train(Net(), Points(), None, loss_fn, args, accelerator=accelerator)
 
 
-def test_bf16_and_compiled_forwards_train_and_leave_a_plain_model(tmp_path):
+def test_bf16_forwards_train_and_leave_a_plain_model(tmp_path):
     model, result = run(tmp_path, mixed_precision="bf16")
     assert result.step == 12
     assert {p.dtype for p in model.parameters()} == {torch.float32}
@@ -489,3 +491,9 @@ def test_tensorboard_gets_the_curves(tmp_path):
     pytest.importorskip("tensorboard")
     run(tmp_path, report_to="tensorboard")
     assert list(tmp_path.rglob("events.out.tfevents*"))
+
+
+def test_sharded_parameters_are_refused_instead_of_never_being_updated(tmp_path, monkeypatch):
+    monkeypatch.setattr(Accelerator, "distributed_type", property(lambda self: DistributedType.FSDP))
+    with pytest.raises(ValueError, match=r"FSDP shards the model.*gpu_ddp\.yaml"):
+        make_accelerator(arguments(tmp_path))

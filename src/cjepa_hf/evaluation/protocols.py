@@ -218,6 +218,19 @@ def make_cf_rollout_protocol(
     }
 
 
+def measured_on(device: str) -> dict[str, Any]:
+    """The entries of a file of results that say where it was measured: device, hardware and versions."""
+    return {
+        "device": device,
+        "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "versions": {
+            "cjepa_hf": cjepa_hf.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+
+
 def _inside(states: np.ndarray) -> bool:
     """Whether the block's origin stays in (60, 450) and the agent in (15, 497), px, in all states [T, 7]."""
     agent, block = states[:, :2], states[:, 2:4]
@@ -244,16 +257,3 @@ def protocol_text(protocol: dict[str, Any]) -> str:
 
 if __name__ == "__main__":
     main()
-
-
-def measured_on(device: str) -> dict[str, Any]:
-    """The entries of a file of results that say where it was measured: device, hardware and versions."""
-    return {
-        "device": device,
-        "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "versions": {
-            "cjepa_hf": cjepa_hf.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-    }

@@ -372,7 +372,14 @@ class MPCPolicy:
         proprio = torch.as_tensor(observation["proprio"], dtype=torch.float32, device=self.model.device)
         if tuple(proprio.shape) != (batch, size):
             raise ValueError(f"proprio must be [B, {size}] in environment units, got {list(proprio.shape)}")
-        return self.model.normalize_proprio(proprio).to(self.model.dtype)
+        proprio = self.model.normalize_proprio(proprio)
+        if proprio.abs().max() > 10:
+            warnings.warn(
+                f"proprio lies {proprio.abs().max():.0f} standard deviations from the mean of the training data: is it in "
+                "environment units, and in the order the model was trained with?",
+                stacklevel=2,
+            )
+        return proprio.to(self.model.dtype)
 
 
 def needs_matching(model: SlotWorldModel) -> bool:

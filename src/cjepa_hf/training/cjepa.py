@@ -386,8 +386,10 @@ def train_world_model(
 
 
 def _may_leave_parameters_unused(args: CJepaTrainArguments, overrides: Mapping[str, Any]) -> bool:
-    """A velocity needs two frames: cropped to one, its gains are not used."""
-    return bool(args.history_crop_probability) and overrides.get("residual_prediction") == "velocity"
+    """A velocity needs two frames: cropped to one, its gains are not used. (With init_model the field may come from
+    there, and to look for unused parameters in vain costs little.)"""
+    velocity = overrides.get("residual_prediction") == "velocity" or bool(args.init_model)
+    return bool(args.history_crop_probability) and velocity
 
 
 def _statistics(model: SlotWorldModel, dataset: SlotDataset, shape: tuple[int, int, int]) -> dict[str, Tensor]:
