@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, send_to_device
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast_object_list, send_to_device
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
@@ -246,6 +246,12 @@ def make_accelerator(args: TrainArguments, find_unused_parameters: bool = False)
         project_dir=args.output_dir,
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters)],
     )
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        # the optimizers below hold whole parameters: they would update what no process computes with any more
+        raise ValueError(
+            f"{accelerator.distributed_type.value} shards the model, which this training does not: launch with "
+            f"examples/accelerate/gpu_ddp.yaml (these models and their optimizer states take less than 100 MiB)"
+        )
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     if ranks != accelerator.num_processes:
         raise ValueError(
