@@ -54,6 +54,8 @@ _LAZY = {
     "convert_original_slots": ".hub.convert",
     "extend_video": ".imagination",
     "imagine": ".imagination",
+    "influence": ".analysis",
+    "plot_influence": ".analysis",
 }
 
 

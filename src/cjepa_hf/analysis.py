@@ -853,7 +853,7 @@ def plot_influence(
     An influence matrix, and over a frame arrows from sources to targets, as thick as their influence.
 
     Args:
-        matrix: float [I, E] of one window, NaN = not asked; each row is shown relative to its largest entry.
+        matrix: float [I, E] of one window, NaN = not asked; shown relative to its largest entry.
         frame: uint8 [H, W, 3].
         places: [E, 2], x and y as shares of the frame, NaN = nowhere.
         names: of the E entities; the first I are the targets.
@@ -864,8 +864,8 @@ def plot_influence(
         raise ValueError(
             f"matrix {matrix.shape}, places {places.shape}, {len(names)} names: expected [I, E], [E, 2], E"
         )
-    largest = np.nanmax(np.where(np.isfinite(matrix), matrix, -np.inf), axis=1, keepdims=True)
-    share = np.where(np.isfinite(matrix) & (largest > 0), matrix / np.where(largest > 0, largest, 1.0), np.nan)
+    largest = max(np.nanmax(matrix), 0.0) if np.isfinite(matrix).any() else 0.0
+    share = matrix / largest if largest > 0 else np.where(np.isfinite(matrix), 0.0, np.nan)
     height = 384
     picture = cv2.resize(
         frame, (round(frame.shape[1] * height / frame.shape[0]), height), interpolation=cv2.INTER_AREA
@@ -881,7 +881,7 @@ def plot_influence(
             cv2.arrowedLine(picture, *ends, (214, 39, 40), max(1, round(6 * share[i, j])), cv2.LINE_AA, tipLength=0.12)
     for name, spot in zip(names, spots):
         if np.isfinite(spot).all():
-            _text(picture, name, (int(spot[0]) + 8, int(spot[1]) - 8), 0.45)
+            _text(picture, name, (min(int(spot[0]) + 8, picture.shape[1] - 9 * len(name)), int(spot[1]) - 8), 0.45)
     return Image.fromarray(np.concatenate([panel, picture], axis=1))
 
 
