@@ -646,6 +646,7 @@ def answer(arguments, _) -> None:
 def convert(arguments, _) -> None:
     import shutil
 
+    from cjepa_hf.data.extract import usual_image_processor
     from cjepa_hf.hub.convert import (
         config_file,
         convert_original_checkpoint,
@@ -688,6 +689,9 @@ def convert(arguments, _) -> None:
         for name in ("preprocessor_config.json", "processor_config.json", "source.json"):
             if beside != temporary and (beside / name).is_file():
                 shutil.copyfile(beside / name, temporary / name)
+        processor = usual_image_processor(getattr(model.config, "slot_encoder_config", None) or model.config)
+        if processor is not None and not (temporary / "preprocessor_config.json").is_file():
+            processor.save_pretrained(temporary)
         os.replace(temporary, output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

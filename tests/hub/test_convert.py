@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from transformers import AutoImageProcessor
 
 import cjepa_hf.models.aloe
 from cjepa_hf import CJepaConfig, CJepaModel, convert_original_checkpoint, convert_original_slots
@@ -456,6 +457,7 @@ def test_an_interrupted_conversion_goes_on(tmp_path):
 def test_the_command_converts_checkpoints_and_slots(push_t, clevrer, tmp_path, capsys):
     assert main(["convert", str(push_t), "--output-dir", str(tmp_path / "model"), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
+    assert AutoImageProcessor.from_pretrained(report["folder"]).size == 196  # the encoder's, without --config
     assert report["model_type"] == "cjepa" and CJepaModel.from_pretrained(report["folder"]).config.num_slots == 4
     path = write(tmp_path / "slots.pkl", {"train": slots_of({0: 6})})
     assert main(["convert", str(path), "--output-dir", str(tmp_path / "slots")]) == 0

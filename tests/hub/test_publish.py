@@ -109,6 +109,8 @@ def test_what_is_no_model_is_refused(tmp_path):
         publish(tmp_path, "tester/world", dry_run=True)
     with pytest.raises(ValueError, match="no folder"):
         publish(tmp_path / "missing", "tester/world", dry_run=True)
+    with pytest.raises(ValueError, match="owner/name"):
+        publish(tmp_path, "world", dry_run=True)
     with pytest.raises(ValueError, match="a/b/c"):
         publish(tmp_path, "a/b/c", dry_run=True)
 

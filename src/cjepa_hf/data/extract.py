@@ -492,7 +492,7 @@ def open_encoder(encoder, revision, image_processor, device) -> tuple[torch.nn.M
             raise ValueError(f"{name} is a world model without a slot encoder: give the encoder that made its slots")
         model = model.slot_encoder
     if image_processor is None:
-        image_processor = _usual_image_processor(getattr(model, "config", None))
+        image_processor = usual_image_processor(getattr(model, "config", None))
     if device is not None:
         model = model.to(device)
     config = model.config.to_dict() if hasattr(getattr(model, "config", None), "to_dict") else {}
@@ -510,7 +510,7 @@ def open_encoder(encoder, revision, image_processor, device) -> tuple[torch.nn.M
     return model, image_processor, description
 
 
-def _usual_image_processor(config) -> Callable | None:
+def usual_image_processor(config) -> Callable | None:
     """That of the encoder's kind, at its size; None for a kind that has none."""
     kinds, size = IMAGE_PROCESSOR_MAPPING.get(type(config), None), getattr(config, "image_size", None)
     return next(iter(kinds.values()))(size=size) if kinds and isinstance(size, int) else None

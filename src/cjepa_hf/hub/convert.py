@@ -210,8 +210,8 @@ def config_file(config: str | os.PathLike) -> Path:
 
 def _need_config(kind: str, unknown: str) -> ConversionError:
     return ConversionError(
-        f"it holds a model of the kind {kind!r}, but {unknown} cannot be read from it. Pass config=, the entry of "
-        f"hub_configs/ for this file: {_MODELS[kind][3]}."
+        f"it holds a model of the kind {kind!r}, but {unknown} cannot be read from it. Pass config= (--config), the "
+        f"entry of hub_configs/ for this file: {_MODELS[kind][3]}."
     )
 
 

@@ -86,6 +86,8 @@ def publish(
     """
     folder = Path(folder)
     validate_repo_id(repo_id)
+    if "/" not in repo_id:
+        raise ValueError(f"repo_id {repo_id!r} has no owner: give owner/name, such as your-name/{repo_id}")
     with _operations(folder, repo_id, with_code) as (repo_type, contents, left_out):
         additions = [CommitOperationAdd(name, content) for name, content in sorted(contents.items())]
         sizes = {addition.path_in_repo: addition.upload_info.size for addition in additions}

@@ -419,28 +419,27 @@ class SafePreTrainedModel(PreTrainedModel):
                 f"the weights of {name} are cut off or damaged ({error}). Copy the folder again, or download it again with "
                 "force_download=True; if that does not help, they are damaged where they were published."
             ) from error
-        except OSError as error:
+        except Exception as error:
+            cause = error.__cause__
             if use_safetensors and "use_safetensors=True" in str(error):  # transformers' advice is to allow pickles
                 raise OSError(
                     f"{name} holds no model.safetensors. Weights that are pickles are refused, because loading them can run "
                     "any code: files of the paper's authors become safetensors by `cjepa-hf convert`, for others ask their "
                     "publisher."
                 ) from error
-            cause = error.__cause__
             refused = isinstance(cause, HfHubHTTPError) and not isinstance(cause, RepositoryNotFoundError)
             if refused and cause.response.status_code in (401, 403):
                 raise OSError(
                     f"the Hub does not accept the token for {name} ({cause.server_message}). Log in again (`hf auth "
                     "login`), or correct HF_TOKEN or token=; a public model needs none (token=False)."
                 ) from error
+            for broken in (error, cause):  # huggingface_hub's client, whose errors transformers may wrap
+                if type(broken).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2"):
+                    raise ConnectionError(
+                        f"the download of {name} broke off ({type(broken).__name__}: {broken}). Call again: files that "
+                        "arrived whole are kept."
+                    ) from error
             raise
-        except Exception as error:
-            if type(error).__module__.split(".")[0] not in ("httpx", "httpx2", "httpcore", "httpcore2"):
-                raise
-            raise ConnectionError(
-                f"the download of {name} broke off ({type(error).__name__}: {error}). Call again: files that arrived whole "
-                "are kept."
-            ) from error
 
 
 class SlotWorldModel(SafePreTrainedModel):
