@@ -291,7 +291,8 @@ class _Watch:
             self.peak = max(self.peak, self._now())
             if os.getppid() != self._parent:  # killed: the training saves a checkpoint and stops, as with Ctrl-C
                 os.kill(os.getpid(), signal.SIGTERM)
-                break
+                self._done.wait()
+                os._exit(1)  # nobody waits for what would be said
             if self._done.wait(0.2):
                 break
 
