@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -24,6 +24,8 @@ _SIDE_BY_SIDE = 16  # videos followed at once
 @dataclass(kw_only=True)
 class CropSlotsTrainArguments(TrainArguments):
     """Arguments of [`main`] beside the fields of [`CropSlotsConfig`]; the defaults train the collision world's encoder."""
+
+    fixed_on_resume: ClassVar = (*TrainArguments.fixed_on_resume, "train_split", "num_videos", "frame_stride")
 
     # > Parameters that control the videos
     dataset: str = HfArg(
