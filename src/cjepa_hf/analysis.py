@@ -780,6 +780,10 @@ def print_analysis(results: Mapping[str, Any]) -> None:
                 mine = [row for row in rows if row["kind"] == kind]
                 if not mine:
                     continue
+                if kind == "OC-JEPA" and setting == "masked":
+                    print(
+                        "(OC-JEPA never saw a hidden object in training: this says how far it is from it, not what it learned)"
+                    )
                 print(
                     f"{kind + ', ' + str(mine[0]['seeds']) + ' seed(s)':<22}{'AUROC':>22}{'matched':>22}{'within':>22}"
                     f"{'av. precision':>22}"
