@@ -192,6 +192,24 @@ def test_the_loss_has_gradients_for_every_weight_and_needs_no_labels():
     assert not missing and output.loss > 0
 
 
+def test_calibration_puts_positions_on_centroids_and_keeps_the_drawings():
+    model, pixels = small(max_offset=0.3), frames_of(meeting(), [RED, BLUE])
+    tracks = model.follow(pixels)
+    with torch.no_grad():
+        before = model(pixels)
+        drawn = model.decode(before.slots).reconstruction
+        variances = model.calibrate(pixels, tracks)
+        after = model(pixels)
+        torch.testing.assert_close(model.decode(after.slots).reconstruction, drawn, rtol=1e-3, atol=1e-4)
+    for output, close in ((before, False), (after, True)):
+        away = (model.split_slots(output.slots)[0] - tracks.centers)[output.present].mean(0).norm()
+        assert (away < 1e-4) == close
+    content = model.split_slots(after.slots)[2][after.present]
+    assert variances["pose_variance"] == pytest.approx(content[:, 4:].var(0).sum().item(), rel=1e-3)
+    scaled = (content[:, 4:] - model.pose_mean) * model.pose_scale
+    assert scaled.var(0).sum().item() == pytest.approx(model.config.pose_variance, rel=1e-3)
+
+
 def test_saved_and_loaded_it_gives_the_same_slots(tmp_path):
     model, pixels = small(), frames_of(meeting(4), [RED, BLUE])
     model.save_pretrained(tmp_path)

@@ -200,7 +200,7 @@ class CropSlotsPreTrainedModel(PreTrainedModel):
         elif isinstance(module, CropSlotsModel):
             init.constant_(module.background, 0.5)
             init.copy_(module.rotation, _random_rotation(self.config.slot_size))
-            for buffer in (module.appearance_mean, module.pose_mean):
+            for buffer in (module.shift, module.appearance_mean, module.pose_mean):
                 init.zeros_(buffer)
             for buffer in (module.appearance_scale, module.pose_scale):
                 init.ones_(buffer)
@@ -227,6 +227,8 @@ class CropSlotsModel(CropSlotsPreTrainedModel):
         self.decoder = CropSlotsDecoder(config)
         self.register_buffer("background", torch.empty(3, config.image_size, config.image_size))  # RGB in [0, 1]
         self.register_buffer("rotation", torch.empty(config.slot_size, config.slot_size))
+        # from where the decoder draws objects to the positions in the slots: it may take any point of them for the middle
+        self.register_buffer("shift", torch.empty(2))
         self.register_buffer("appearance_mean", torch.empty(config.appearance_size))
         self.register_buffer("pose_mean", torch.empty(config.pose_size))
         self.register_buffer("appearance_scale", torch.empty(()))
@@ -373,14 +375,16 @@ class CropSlotsModel(CropSlotsPreTrainedModel):
 
     @torch.no_grad()
     def calibrate(self, pixel_values: torch.Tensor, tracks: CropSlotsTracks) -> dict[str, float]:
-        """Set mean and scale of appearance and pose in the slots from frames [B, T, 3, H, W] with objects, so that their
-        variances (summed over their numbers) are those of the configuration. Changes every slot the model returns."""
+        """Set what slots are measured from, by frames [B, T, 3, H, W] with objects: the position of whole objects is, in the
+        mean, the centroid of their pixels; appearance and pose have the variances (summed over their numbers) of the
+        configuration. Changes every slot the model returns."""
         frames, foreground = pixel_values.flatten(0, 1).float(), self._foreground(pixel_values).flatten(0, 1)
         alive = tracks.alive.flatten(0, 1)
-        _, appearance, pose, share, _ = self._read(frames, foreground, tracks.centers.flatten(0, 1), alive)
+        position, appearance, pose, share, _ = self._read(frames, foreground, tracks.centers.flatten(0, 1), alive)
         whole = alive & (share > 0.9)
         if whole.sum() < 2:
             raise ValueError("fewer than two whole objects in the frames: nothing to take a variance of")
+        self.shift.copy_(self.shift + (tracks.centers.flatten(0, 1) - position)[whole].mean(dim=0))
         found = {}
         for name, values in (("appearance", appearance[whole]), ("pose", pose[whole])):
             variance = values.var(dim=0).sum().item()
@@ -551,7 +555,13 @@ class CropSlotsModel(CropSlotsPreTrainedModel):
             shape = alive.shape + values.shape[1:]
             return values.new_zeros(alive.numel(), *values.shape[1:]).index_copy(0, which, values).view(shape)
 
-        return centers + spread(offset), spread(appearance), spread(pose), spread(share), masks.to(self.dtype)
+        return (
+            centers + spread(offset + self.shift.float()),
+            spread(appearance),
+            spread(pose),
+            spread(share),
+            masks.to(self.dtype),
+        )
 
     def _remember(self, followed, appearance, share, state):
         """Running means of the appearance [B, T, N, A], in which frames count that show a whole object, and the state."""
@@ -588,7 +598,7 @@ class CropSlotsModel(CropSlotsPreTrainedModel):
         reach = config.gate * config.object_radius * size
         width, height = (2 * math.ceil(reach / extent) + 1 for extent in config.view_size)
         which = present.flatten().nonzero()[:, 0]
-        position, content = position.flatten(0, 1)[which], content.flatten(0, 1)[which]
+        position, content = position.flatten(0, 1)[which] - self.shift.float(), content.flatten(0, 1)[which]
         columns, rows, points = self._windows(position.detach(), height, width)
         inside, index = self._inside(columns, rows)
         cover, color = self.decoder(
