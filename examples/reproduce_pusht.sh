@@ -15,6 +15,7 @@ mkdir -p "$out"
 
 for step in $steps; do
   echo "== $step"
+  started=$SECONDS
   case $step in
     collect) cjepa-hf collect push_t --output-dir "$out/episodes" --episodes 10000 --validation-episodes 500 --seed 0 ;;
     encoder) python "$here/train_slot_encoder.py" --output_dir "$out/encoder" --max_steps 4000 --eval_every 1000 --seed "$seed" ;;
@@ -33,4 +34,5 @@ for step in $steps; do
       ;;
     *) echo "unknown step $step" >&2; exit 2 ;;
   esac
+  echo "== $step took $((SECONDS - started)) s"
 done
