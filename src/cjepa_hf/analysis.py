@@ -65,7 +65,7 @@ __all__ = [
 
 SETTINGS = ("masked", "future")
 TRUTHS = ("touches", "changes")
-_ATTENTION_BYTES = 256 * 2**20  # of all layers' maps of one chunk
+_ATTENTION_BYTES = 64 * 2**20  # of all layers' maps of one chunk; what the gradient needs takes some 20 times that
 _PRECISION_RESAMPLES = 200  # of the average precision, which takes longer than the others
 _FAR = -2000.0  # px: out of everybody's reach
 _PUSH_T_STEP = 0.1  # s per frame
@@ -102,7 +102,7 @@ def influence(
             predicted; "future": nothing is hidden, and the target's future frames are.
         entities: tokens of each entity: 0 ... N - 1 are slots, N the first auxiliary token (proprioception, where there is
             one, before the action). Those that begin with a slot are targets and come first. Default: each token alone.
-        batch_size: rows per pass; default: as many as 256 MiB of attention maps take.
+        batch_size: rows per pass; default: as many as 64 MiB of attention maps take.
 
     Returns:
         Measures, float32 [B, I, E] each on the CPU; NaN where an entity would explain itself.
