@@ -421,6 +421,15 @@ def test_slots_that_do_not_fit_are_refused(tmp_path):
     good = write(tmp_path / "slots.pkl", slots)
     cases = {
         "frames": dict(path=good, actions=write(tmp_path / "a.pkl", {"train": slots_of({0: 5}, width=(2,))})),
+        "is empty": dict(path=write(tmp_path / "z.pkl", {"train": {"x": np.zeros((10**9, 0, 4), np.float32)}})),
+        "share arrays": dict(
+            path=write(
+                tmp_path / "y.pkl", {"train": dict.fromkeys(map(str, range(50)), np.zeros((9, 3, 4), np.float32))}
+            )
+        ),
+        "none of the videos": dict(
+            path=good, states=write(tmp_path / "s.pkl", {"train": slots_of({9: 6}, width=(7,))})
+        ),
         "axes": dict(path=write(tmp_path / "b.pkl", {"train": slots_of({0: 5}, width=(2,))})),
         "finite": dict(path=write(tmp_path / "c.pkl", {"train": {"x": np.full((2, 3, 4), np.nan, np.float32)}})),
         "no video": dict(path=write(tmp_path / "d.pkl", {"train": {}})),

@@ -23,6 +23,9 @@ from cjepa_hf.hub.tensors import (
     LongText,
     PickledArray,
     Record,
+    _Dtype,
+    _Machine,
+    _Storage,
     module_attribute,
     module_tensors,
     read_buffer,
@@ -229,6 +232,16 @@ HOSTILE = {
     "tensors over the same bytes": zip_bytes(
         {"a/data.pkl": tensor_pickle(10**5, size=(10**5,), repeat=100), "a/data/0": b"\0" * 400_000}
     ),
+    "copies of a large tuple": b"\x80\x02](c_x\nY\n("
+    + b"N" * 300_000
+    + b"tq\x00"
+    + b"0(c_x\nY\n"
+    + b"N" * 300_000
+    + b"tq\x010"
+    + b"ccopyreg\n_reconstructor\nh\x01R" * 300
+    + b"e.",
+    "number of a size": b"\x80\x02cnumpy.core.multiarray\nscalar\ncnumpy\ndtype\nX\x02\x00\x00\x00f4\x85R"
+    + b"X\x05\x00\x00\x00aaaaa\x86R.",
     "zip bomb": zip_bytes({"a/data.pkl": b"\0" * 10**7}, zipfile.ZIP_DEFLATED),
     "missing storage": zip_bytes({"a/data.pkl": tensor_pickle()}),
     "no pickle": zip_bytes({"a/other": b"N."}),
@@ -259,6 +272,54 @@ def test_hostile_files_are_refused_in_bounded_time_and_memory(name):
     assert grown < 10 * len(data) + 200_000_000
 
 
+def test_a_dtype_is_looked_up_where_nothing_is_imported(monkeypatch):
+    """torch imports some of its attributes, `torch.onnx` for one, when it is asked for them."""
+    asked = []
+    monkeypatch.setattr(torch, "__getattr__", asked.append)
+    machine, storage = _Machine(b"", 10**6), _Storage(torch.uint8, 16, torch.zeros(16, dtype=torch.uint8))
+
+    def tensor(name):
+        arguments = (storage, 0, (4,), (1,), False, None, Record("torch", name))
+        return machine._call(Record("torch._utils", "_rebuild_tensor_v3"), arguments)
+
+    assert tensor("float32").dtype == torch.float32
+    assert isinstance(tensor("imported_lazily"), Record) and asked == []
+
+
+def test_a_number_of_a_size_allocates_nothing():
+    machine, dtype = _Machine(b"", 1000), _Dtype("f4")
+    for data in (10**10, LongText(memoryview(b"a" * 2000)), memoryview(b"a" * 2000)):
+        assert isinstance(machine._call(Record("numpy.core.multiarray", "scalar"), (dtype, data)), Record)
+
+
+def test_storages_in_the_same_place_are_refused():
+    """Unaligned in the file they have to be copied: each counts against the budget."""
+    machine = _Machine(b"", 1000)
+    machine.find_storage, machine.stack = lambda key, dtype, numel: torch.empty(0), []
+    with pytest.raises(ConversionError, match="more memory"):
+        for key in range(200):
+            machine._persistent(("storage", Record("torch", "FloatStorage"), str(key), "cpu", 10**6))
+
+
+def test_names_and_numbers_of_parameters_are_bounded():
+    for parameters in ({"a" * 10**4: None}, {str(n): None for n in range(20_000)}):
+        record = Record("torch.nn", "Module", ())
+        record.state = {"_parameters": parameters, "_buffers": {}, "_modules": {}}
+        with pytest.raises(ConversionError, match="parameter"):
+            module_tensors(record)
+    record.state = {"_parameters": {}, "_buffers": {"x": torch.ones(1)}, "_modules": {}}
+    record.state["_non_persistent_buffers_set"] = 1
+    with pytest.raises(ConversionError, match="buffers"):
+        module_tensors(record)
+
+
+def test_a_dictionary_that_holds_itself_is_no_model():
+    value = {}
+    value["state_dict"] = value
+    with pytest.raises(ConversionError, match="no model"):
+        _state_dict(value)
+
+
 def test_an_expanded_tensor_is_a_record():
     assert isinstance(read_buffer(bytearray(HOSTILE["expanded tensor"]))[0], Record)
 
@@ -283,6 +344,8 @@ def test_errors_name_the_file(tmp_path):
             read_pickled(tmp_path / name)
     with pytest.raises(FileNotFoundError):
         read_pickled(tmp_path / "c.ckpt")
+    with pytest.raises(ConversionError, match="is a folder"):
+        read_pickled(tmp_path)
 
 
 def test_tensors_of_a_file_can_be_changed_without_changing_it(tmp_path):

@@ -93,13 +93,13 @@ def convert_original_checkpoint(
 # What the file holds
 
 
-def _state_dict(value) -> tuple[dict[str, torch.Tensor], dict[str, Record]]:
+def _state_dict(value, depth: int = 8) -> tuple[dict[str, torch.Tensor], dict[str, Record]]:
     """Tensors by original name, and the records of pickled modules by path (empty for a state dict)."""
     if is_module(value):
         return module_tensors(value)
     for key in ("state_dict", "model_state_dict", "model"):
-        if isinstance(value, dict) and (isinstance(value.get(key), dict) or is_module(value.get(key))):
-            return _state_dict(value[key])
+        if depth and isinstance(value, dict) and (isinstance(value.get(key), dict) or is_module(value.get(key))):
+            return _state_dict(value[key], depth - 1)  # a damaged file may hold itself
     if not isinstance(value, dict) or not any(isinstance(tensor, torch.Tensor) for tensor in value.values()):
         raise ConversionError(
             f"it holds no model but {_describe(value)}. Convert a checkpoint (slots are converted by "
@@ -700,6 +700,12 @@ def convert_original_slots(
     columns = {"actions": actions, "proprio": proprio, "state": states}
     columns = {name: (Path(file), *_splits(file, 2)) for name, file in columns.items() if file is not None}
     sizes = {name: _size(file, splits) for name, (file, splits, _) in columns.items()}
+    names = {(split, name) for split, name, _ in _episodes(slots)}
+    for file, splits, _ in columns.values():
+        if names.isdisjoint((split, name) for split, name, _ in _episodes(splits)):
+            raise ConversionError(
+                f"{file}: it holds none of the videos of {path.name}. Give files that belong together."
+            )
     without = {name: 0 for name in columns}
     release = [release, *(column[2] for column in columns.values())]
     writer = SlotDatasetWriter(
@@ -765,8 +771,14 @@ def _splits(path: str | os.PathLike, axes: int):
                 f"{path}: {split} {name[:80]!r} is {array.dtype} {array.shape}: expected floats with {axes} axes "
                 f"{'[T, N, D]' if axes == 3 else '[T, size]'}."
             )
+        if 0 in array.shape:
+            raise ConversionError(f"{path}: {split} {name[:80]!r} is empty, {array.shape}: download the file again.")
     if not any(splits.values()):
         raise ConversionError(f"{path}: it holds no video.")
+    if sum(array.dtype.itemsize * math.prod(array.shape) for *_, array in _episodes(splits)) > os.path.getsize(path):
+        raise ConversionError(
+            f"{path}: its videos share arrays, and would fill more than the file: it is made to do harm."
+        )
     return splits, release
 
 

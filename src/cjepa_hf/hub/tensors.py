@@ -145,6 +145,9 @@ _STORAGES = {
     "ComplexFloatStorage": torch.complex64,
     "ComplexDoubleStorage": torch.complex128,
 }
+# what a file may ask of a tensor without a typed storage: looked up here, as torch imports some attributes when asked
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _STORAGES.values()}
+_DTYPES |= {name: getattr(torch, name) for name in ("uint16", "uint32", "uint64", "float8_e4m3fn", "float8_e5m2")}
 _BUILTINS = ("builtins", "__builtin__")
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
@@ -322,6 +325,7 @@ class _Machine:
     def _new_object(self, function, args):
         """copyreg._reconstructor(cls, object, None) and __newobj__(cls, ...) of protocols 0 and 1."""
         if args and isinstance(args[0], Record) and args[0].args is None:
+            self._charge(8 * len(args))  # which are copied
             return Record(args[0].module, args[0].name, args[1:])
         return Record(function.module, function.name, args)
 
@@ -364,10 +368,13 @@ class _Machine:
 
     def _scalar(self, function, args):
         dtype, data = args
-        if not isinstance(dtype, _Dtype) or isinstance(data, Record):
+        if not isinstance(dtype, _Dtype) or not isinstance(data, (str, bytes)):  # longer ones are views, and no number
             return Record(function.module, function.name, args)
-        data = data.encode("latin-1") if isinstance(data, str) else bytes(data)
-        return np.frombuffer(data, dtype.numpy(), count=1)[0].item()
+        dtype = dtype.numpy()
+        if len(data) != dtype.itemsize:
+            raise ConversionError("it holds a number whose data are not of its type")
+        data = data.encode("latin-1") if isinstance(data, str) else data
+        return np.frombuffer(data, dtype, count=1)[0].item()
 
     def _dtype(self, function, args):
         return _Dtype(args[0] if args else None)
@@ -381,14 +388,14 @@ class _Machine:
         base, dtype = storage.tensor, storage.dtype
         if function.name == "_rebuild_tensor_v3":
             wanted = args[6]
-            dtype = getattr(torch, wanted.name, None) if isinstance(wanted, Record) and len(wanted.name) < 20 else None
-            if not isinstance(dtype, torch.dtype) or base is None or storage.dtype != torch.uint8:
+            dtype = _DTYPES.get(wanted.name) if isinstance(wanted, Record) and wanted.module == "torch" else None
+            if dtype is None or base is None or storage.dtype != torch.uint8:
                 return Record(function.module, function.name, args)
             if storage.numel % dtype.itemsize:
                 raise ConversionError("it holds a tensor whose data do not fill its type")
             base = base.view(dtype)
-        numbers = [offset, *size, *stride]
-        if len(size) != len(stride) or len(size) > 16 or not all(type(n) is int and 0 <= n < 2**62 for n in numbers):
+        flat = len(size) == len(stride) <= 16  # before anything is made of them
+        if not flat or not all(type(n) is int and 0 <= n < 2**62 for n in (offset, *size, *stride)):
             raise ConversionError("it holds a tensor whose shape is no shape")
         count, capacity = math.prod(size), storage.numel * storage.dtype.itemsize // dtype.itemsize
         if count and offset + sum((n - 1) * s for n, s in zip(size, stride)) >= capacity:
@@ -713,6 +720,8 @@ class _Machine:
         if storage is None:
             self._charge(1000)
             tensor = self.find_storage(key, dtype, numel) if self.find_storage else None
+            if tensor is not None:  # those of the old format, and in archives that lie about places, are copies
+                self._charge(numel * dtype.itemsize)
             storage = self.storages[key] = _Storage(dtype, numel, tensor)
         elif (storage.dtype, storage.numel) != (dtype, numel):
             raise ConversionError(f"it declares storage {key[:20]} twice, differently")
@@ -805,6 +814,8 @@ def read_for_streaming(path: str | os.PathLike):
 
 
 def _mapped(path: str | os.PathLike, access: int) -> mmap.mmap:
+    if os.path.isdir(path):
+        raise ConversionError(f"{path} is a folder: give the file in it.")
     with open(path, "rb") as file:
         if os.fstat(file.fileno()).st_size == 0:
             raise ConversionError(f"{path} is empty: download it again.")
@@ -974,13 +985,24 @@ def module_tensors(module: Record) -> tuple[dict[str, torch.Tensor], dict[str, R
     tensors, modules, waiting = {}, {}, [("", module)]
     while waiting:
         path, record = waiting.pop()
-        if path.count(".") > 64 or len(modules) > 50_000:
+        if (
+            path.count(".") > 64
+            or len(path) > _MAX_NAME
+            or len(modules) + len(waiting) > 50_000
+            or len(tensors) > 100_000
+        ):
             raise ConversionError("its modules contain each other")
         modules[path] = record
         prefix = f"{path}." if path else ""
         temporary = record.state.get("_non_persistent_buffers_set") or ()
+        if not isinstance(temporary, (list, tuple)) or len(temporary) > 10_000:
+            raise ConversionError("the list of buffers that one of its modules does not save is none")
         for group in ("_parameters", "_buffers"):
+            if len(record.state[group]) > 10_000:
+                raise ConversionError("one of its modules holds more than 10,000 parameters")
             for name, tensor in record.state[group].items():
+                if len(str(name)) > _MAX_NAME:
+                    raise ConversionError("it names a parameter by what is no name")
                 if tensor is None or (group == "_buffers" and name in temporary):
                     continue
                 if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
