@@ -340,7 +340,7 @@ def test_a_saved_folder_loads_through_the_auto_classes_with_equal_outputs_and_st
     assert again.proprio_mean.isnan().all()
 
 
-def test_parameters_missing_from_a_checkpoint_are_initialised_not_left_as_memory(tmp_path):
+def test_weights_that_lack_tensors_are_refused_or_initialised_and_reported(tmp_path):
     from safetensors.torch import load_file, save_file
 
     model = tiny(**OURS)
@@ -349,7 +349,11 @@ def test_parameters_missing_from_a_checkpoint_are_initialised_not_left_as_memory
     for key in ("predictor.mask_token", "predictor.age_embedding", "action_mean"):
         state.pop(key)
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    again = CJepaModel.from_pretrained(tmp_path)
+    for loader in (CJepaModel, AutoModel):
+        with pytest.raises(OSError, match=r"lack 3 tensors.*action_mean first"):
+            loader.from_pretrained(tmp_path)
+    again, report = CJepaModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert len(report["missing_keys"]) == 3
     assert again.predictor.mask_token.abs().max() < 0.05
     assert (again.predictor.age_embedding == 0).all() and again.action_mean.isnan().all()
 

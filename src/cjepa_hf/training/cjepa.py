@@ -302,7 +302,17 @@ def build_model(
         values["slot_encoder_config"] = encoder.config
     config = config_class(**values)
     if args.init_model:
-        model = model_class.from_pretrained(args.init_model, config=config, use_safetensors=True, dtype=torch.float32)
+        model, report = model_class.from_pretrained(
+            args.init_model, config=config, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+        )
+        given = "slot_encoder." if encoder is not None else ()  # its weights come from elsewhere
+        missing = sorted(name for name in report["missing_keys"] if not name.startswith(given))
+        # parts that the overrides add start fresh, but no encoder does: it is not trained
+        if missing and (not overrides or any(name.startswith("slot_encoder.") for name in missing)):
+            raise ValueError(
+                f"the weights of {args.init_model} lack {len(missing)} tensors of the model, {missing[0]} first: give a "
+                "folder whose config.json and weights were saved together"
+            )
     else:
         model = model_class(config)
     if encoder is not None:

@@ -30,7 +30,8 @@ class SaviTrainArguments(ClipTrainArguments):
 def build_model(args: SaviTrainArguments, overrides: dict[str, Any]):
     """The model to train, and twice its image processor: it is trained on what it will see."""
     if args.init_model:
-        model = SaviModel.from_pretrained(args.init_model, **overrides)
+        model = SaviModel.from_pretrained(args.init_model, output_loading_info=bool(overrides), **overrides)
+        model = model[0] if overrides else model  # parts that the overrides add start fresh
     else:
         model = SaviModel(SaviConfig(**overrides))
     processor = SaviImageProcessor(size=model.config.image_size)

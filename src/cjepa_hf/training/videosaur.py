@@ -46,7 +46,8 @@ class VideoSaurTrainArguments(ClipTrainArguments):
 def build_model(args: VideoSaurTrainArguments, overrides: dict[str, Any]):
     """The model to train and its image processors: the paper's training resizes otherwise than its extraction."""
     if args.init_model:
-        model = VideoSaurModel.from_pretrained(args.init_model, **overrides)
+        model = VideoSaurModel.from_pretrained(args.init_model, output_loading_info=bool(overrides), **overrides)
+        model = model[0] if overrides else model  # parts that the overrides add start fresh
     elif args.backbone == "random":
         model = VideoSaurModel(VideoSaurConfig(**overrides))
     else:

@@ -406,14 +406,19 @@ class SafePreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, use_safetensors: bool | None = True, **kwargs):
         """
-        As transformers', from safetensors alone: pickled weights are refused unless `use_safetensors=False`.
+        As transformers', from safetensors alone: pickled weights are refused unless `use_safetensors=False`. Weights that
+        lack a tensor of the model are refused too, where transformers would make it up and log that; with
+        `output_loading_info=True` (model and report are returned) it is initialised, for training.
 
-        Raises `OSError` where a model is missing, damaged or may not be read, `ConnectionError` (which is one) where its
-        download broke off. `AutoModel` reads config.json before it calls this: errors of that file are transformers'.
+        Raises `OSError` where a model is missing, damaged, not whole or may not be read, `ConnectionError` (which is one)
+        where its download broke off. `AutoModel` reads config.json before it calls this: errors of that file are
+        transformers'.
         """
         name = pretrained_model_name_or_path
+        with_report = kwargs.pop("output_loading_info", False)
+        kwargs |= {"use_safetensors": use_safetensors, "output_loading_info": True}
         try:
-            return super().from_pretrained(name, *args, use_safetensors=use_safetensors, **kwargs)
+            model, report = super().from_pretrained(name, *args, **kwargs)
         except SafetensorError as error:
             raise OSError(
                 f"the weights of {name} are cut off or damaged ({error}). Copy the folder again, or download it again with "
@@ -440,6 +445,15 @@ class SafePreTrainedModel(PreTrainedModel):
                         "arrived whole are kept."
                     ) from error
             raise
+        if with_report:
+            return model, report
+        if missing := sorted(report["missing_keys"]):
+            raise OSError(
+                f"the weights of {name} lack {len(missing)} tensors that a {cls.__name__} of this configuration needs, "
+                f"{missing[0]} first: with made-up ones its results would mean nothing. Give the config.json and the weights "
+                "that were saved together; output_loading_info=True returns the model all the same, to train it."
+            )
+        return model
 
 
 class SlotWorldModel(SafePreTrainedModel):

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
+from ..cjepa.modeling_cjepa import SafePreTrainedModel
 from ..images import check_pixel_values
 from .configuration_crop_slots import CropSlotsConfig
 
@@ -178,7 +178,7 @@ class CropSlotsDecoder(nn.Module):
         return (drawn[..., 0] + 3 * (1 - x * x - y * y).clamp(min=-4)).sigmoid(), drawn[..., 1:].sigmoid()
 
 
-class CropSlotsPreTrainedModel(PreTrainedModel):
+class CropSlotsPreTrainedModel(SafePreTrainedModel):
     config: CropSlotsConfig
     base_model_prefix = "crop_slots"
     main_input_name = "pixel_values"
@@ -186,11 +186,6 @@ class CropSlotsPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = False
     memoryless = False
     slots_keep_roles = False  # a slot keeps its object within a video; which object that is depends on the video
-
-    @classmethod
-    def from_pretrained(cls, *args, use_safetensors: bool | None = True, **kwargs):
-        """As transformers', from safetensors alone: pickled weights are refused unless `use_safetensors=False`."""
-        return super().from_pretrained(*args, use_safetensors=use_safetensors, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module):
