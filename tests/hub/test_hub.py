@@ -70,6 +70,16 @@ def test_an_uploaded_slot_dataset_loads_and_streams(published, loaded):
     assert result["windows"] == [[3, 4, 16], 2 * (13 - 6 + 1)]
 
 
+def test_a_slot_dataset_names_the_commit_of_its_encoder(hub, published):
+    value(published, "upload_slots"), value(published, "extract_and_push")
+    commit = json.loads((hub.store / "models" / "tester" / "encoder" / "refs.json").read_text())["branches"]["main"]
+    for name in ("slots", "extracted"):
+        folder = hub.store / "datasets" / "tester" / name
+        head = json.loads((folder / "refs.json").read_text())["branches"]["main"]
+        encoder = json.loads((folder / head / "slot_dataset.json").read_text())["encoder"]
+        assert encoder["name"] == "tester/encoder" and encoder["revision"] == commit
+
+
 def test_an_extracted_dataset_is_uploaded_with_its_card_and_previews(hub, published):
     assert value(published, "extract_and_push") == 0
     uploaded = files(hub[0], "datasets", "extracted")

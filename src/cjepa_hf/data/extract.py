@@ -21,6 +21,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoModel
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
+from transformers.utils import cached_file, extract_commit_hash
 
 from .slots import METADATA_FILE, PARTIAL_FOLDER, SlotDatasetWriter, fingerprint, writer_arguments
 from .video import Video, check_lengths, open_source
@@ -471,11 +472,17 @@ def _seed(seed: int, video: Video) -> int:
 
 
 def open_encoder(encoder, revision, image_processor, device) -> tuple[torch.nn.Module, Callable | None, dict]:
-    """Model on its device, image processor, and what the dataset records of them."""
+    """Model on its device, image processor, and what the dataset records of them (`revision`: the commit on the Hub)."""
+    commit = None
     if isinstance(encoder, torch.nn.Module):
         model, name = encoder, getattr(getattr(encoder, "config", None), "name_or_path", "") or type(encoder).__name__
     else:
         name = str(encoder)
+        if not Path(
+            name
+        ).is_dir():  # one commit, recorded below, for the weights and the processor, whatever is pushed
+            commit = extract_commit_hash(cached_file(name, "config.json", revision=revision), None) or revision
+            revision = commit
         # Slots are data: full precision, whatever the checkpoint was saved in. Pickled weights are refused.
         model = AutoModel.from_pretrained(name, revision=revision, dtype=torch.float32, use_safetensors=True)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -500,7 +507,7 @@ def open_encoder(encoder, revision, image_processor, device) -> tuple[torch.nn.M
     description = {
         # a folder's name without its place: datasets are published
         "name": Path(name).resolve().name if Path(name).is_dir() else name,
-        "revision": getattr(getattr(model, "config", None), "_commit_hash", None) or revision,
+        "revision": commit,
         "config_hash": fingerprint({k: v for k, v in config.items() if k not in volatile and k != "_commit_hash"}),
         "weights_hash": weights_hash(model),
     }
