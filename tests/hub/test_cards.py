@@ -6,10 +6,14 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import DatasetCard, ModelCard
+from transformers import PreTrainedConfig
 
+import cjepa_hf
+from cjepa_hf import ColorIsaConfig, DinoWmConfig, DinoWmModel, PatchEncoderConfig
 from cjepa_hf.cli import main
-from cjepa_hf.hub.cards import card
+from cjepa_hf.hub.cards import _KINDS, card
 from cjepa_hf.hub.convert import hub_configs
+from cjepa_hf.hub.publish import publish
 
 ROOT = Path(__file__).parents[2]
 ENTRIES = hub_configs()
@@ -86,6 +90,35 @@ def test_the_command_writes_a_card_and_keeps_one_that_is_there(tmp_path, capsys)
     assert main(["card", str(tmp_path)]) == 2 and "--force" in capsys.readouterr().err
     assert (tmp_path / "README.md").read_text() == "mine"
     assert main(["card", str(tmp_path), "--force"]) == 0 and "# " in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize("tokens", ["patches", "slots"])
+def test_baselines_have_cards(tokens, tmp_path):
+    backbone = ColorIsaConfig(num_slots=4, slot_size=16, hidden_size=16, mlp_size=16, stem_channels=8)
+    encoder = PatchEncoderConfig(backbone_config=backbone, grid_size=4, merge=2) if tokens == "patches" else backbone
+    sizes = {"num_slots": encoder.num_slots, "slot_size": encoder.slot_size, "action_size": 10}
+    model = DinoWmModel(
+        DinoWmConfig(
+            **sizes, token_type=tokens, num_hidden_layers=1, num_attention_heads=2, slot_encoder_config=encoder
+        )
+    )
+    model.save_pretrained(tmp_path / "world")
+    model.slot_encoder.save_pretrained(tmp_path / "encoder")
+    shown = publish(tmp_path / "world", "me/world", dry_run=True)["files"]
+    assert {"README.md", "model.safetensors"} <= set(shown)
+    text = card(tmp_path / "world", "me/world")
+    assert f"{encoder.num_slots} {tokens} of size {encoder.slot_size}" in text and "encoder (" in text
+    assert (
+        'DinoWmModel.from_pretrained("me/world"' in text and "model.rollout(slots, actions=actions, num_steps" in text
+    )
+    text = card(tmp_path / "encoder", "me/encoder")
+    assert f"{'4 x 4 tokens' if tokens == 'patches' else '4 slots'} of size {encoder.slot_size}" in text
+    assert f'{type(model.slot_encoder).__name__}.from_pretrained("me/encoder"' in text
+
+
+def test_every_model_of_the_package_has_a_card():
+    configurations = {getattr(cjepa_hf, name) for name in cjepa_hf.__all__ if name.endswith("Config")}
+    assert {one.model_type for one in configurations if issubclass(one, PreTrainedConfig)} == set(_KINDS)
 
 
 def test_what_is_no_model_has_no_card(tmp_path):

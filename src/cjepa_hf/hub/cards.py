@@ -52,6 +52,17 @@ _KINDS = {
         "slots = model(pixel_values).slots  # pixel_values [B, T, 3, {image_size}, {image_size}] of its image processor",
         "Turning videos of few similar objects, of any color, from one fixed camera into object slots.",
     ),
+    "dino-wm": (
+        "DinoWmModel", "robotics", ["dino-wm", "world-model"],
+        "future = model.rollout(slots, {inputs}num_steps=num_steps).slots  # slots [B, T, {num_slots}, {slot_size}]",
+        "Imagining what slots or patches do next, and planning with what is imagined, in scenes like those it was trained "
+        "on: a baseline of C-JEPA.",
+    ),
+    "patch-encoder": (
+        "PatchEncoderModel", "image-feature-extraction", ["patches"],
+        "slots = model(pixel_values).slots  # pixel_values [B, T, 3, {image_size}, {image_size}] of its image processor",
+        "Turning images into the patch tokens of a frozen backbone, for a DINO-WM world model.",
+    ),
     "aloe": (
         "AloeForVideoQuestionAnswering", "visual-question-answering", ["object-centric", "question-answering"],
         "logits = model(**inputs)  # of AloeProcessor: slots [B, {num_frames}, {num_slots}, {slot_size}] and questions",
@@ -157,27 +168,38 @@ _TITLES = {
     "savi": "A stochastic SAVi slot encoder",
     "color-isa": "A small slot encoder for objects of constant color",
     "crop-slots": "A small slot encoder that follows objects in front of a constant background",
+    "dino-wm": "A DINO-WM world model",
+    "patch-encoder": "An encoder of patches, over a frozen backbone",
     "aloe": "An ALOE, which answers questions about videos from object slots",
 }
 
 
 def _about(config: Mapping) -> str:
     kind = config["model_type"]
+    if kind == "patch-encoder":
+        return (
+            f"It turns frames of {config['image_size']} x {config['image_size']} pixels into {config['grid_size']} x "
+            f"{config['grid_size']} tokens of size {config['feature_size'] * config['merge'] ** 2}, features of its backbone "
+            f"({config['backbone_config']['model_type']})."
+        )
     slots = f"{config['num_slots']} slots of size {config['slot_size']}"
     if kind == "aloe":
         return f"It reads {slots} in each of {config['num_frames']} frames."
-    if kind != "cjepa":
+    if kind not in ("cjepa", "dino-wm"):
         return f"It turns frames of {config['image_size']} x {config['image_size']} pixels into {slots}."
-    inputs = [f"{what} [{size}]" for what in ("action", "proprio") if (size := config.get(f"{what}_size"))]
+    inputs = [f"{name} [{size}]" for name in ("action", "proprio") if (size := config.get(f"{name}_size"))]
     encoder = config.get("slot_encoder_config")
+    what = "slot "
+    if config.get("token_type") == "patches":
+        slots, what = slots.replace("slots", "patches"), ""
     return (
         f"It predicts {slots}, {config['frame_skip']} frames ahead per step and {config['prediction_length']} step(s) at a "
         f"time, from up to {config['history_length']} steps"
         + (f" with {' and '.join(inputs)} blocks" if inputs else "")
         + (
-            f"; the slot encoder ({encoder['model_type']}) is inside."
+            f"; the {what}encoder ({encoder['model_type']}) is inside."
             if encoder
-            else "; the slot encoder is not inside."
+            else f"; the {what}encoder is not inside."
         )
     )
 
@@ -197,7 +219,11 @@ def _origin(origin: Mapping) -> str:
 def _limits(config: Mapping, source: Mapping) -> list[str]:
     kind, original = config["model_type"], "original" in source
     limits = ["It knows the kind of scene it was trained on and no other."]
-    if kind == "cjepa":
+    if kind == "patch-encoder":
+        limits = [
+            "Its tokens are features of its backbone, as they are: they know what the backbone knows, not objects."
+        ]
+    if kind in ("cjepa", "dino-wm"):
         if not config.get("slot_encoder_config"):
             encoder = f" (`{source['encoder']}`)" if "encoder" in source else ""
             limits.append(
@@ -208,13 +234,14 @@ def _limits(config: Mapping, source: Mapping) -> list[str]:
                 "The original file has no statistics of actions and proprioception: planning in units of the environment "
                 "refuses until they are set (`model.set_statistics`, or `statistics=` when it is converted)."
             )
-        if original and config["num_masked_slots"]:
+        if original and config.get("num_masked_slots"):
             limits.append("The released training code hides the same slots in every sample, not random ones.")
         if original and not config.get("action_size"):
             limits.append(
                 "In the released evaluation only predictive questions see imagined frames: the other accuracies depend on "
                 "the slot encoder and on the training of ALOE, hardly on this model."
             )
+    if kind == "cjepa":
         limits.append('"Causal" means predictive dependence that survives masking; no causal graph is identified.')
     if kind == "videosaur" or (config.get("slot_encoder_config") or {}).get("model_type") == "videosaur":
         limits.append("Slots start from random noise: give a generator for slots that can be had again.")
