@@ -654,6 +654,7 @@ def convert(arguments, _) -> None:
         is_original_slots,
     )
 
+    _check_released_name(arguments.file, arguments.config)
     output = Path(arguments.output_dir)
     columns = {name: getattr(arguments, name) for name in ("actions", "proprio", "states")}
     if is_original_slots(arguments.file):
@@ -698,6 +699,20 @@ def convert(arguments, _) -> None:
     size = sum(parameter.numel() for parameter in model.parameters())
     report = {"folder": str(output), "model_type": model.config.model_type, "num_parameters": size}
     print(json.dumps(report) if arguments.json else f"{type(model).__name__} ({size:,} parameters) in {output}")
+
+
+def _check_released_name(file: str, config: str | None) -> None:
+    """Files of the same shapes are told apart by their names alone: one under another's entry would get its numbers."""
+    from cjepa_hf.hub.convert import hub_configs
+
+    sources = {name: json.loads((folder / "source.json").read_text()) for name, folder in hub_configs().items()}
+    files = {name: Path((source.get("original") or {}).get("file") or "").name for name, source in sources.items()}
+    entry = next((name for name, released in files.items() if released == Path(file).name), config)
+    if config in sources and entry != config:
+        raise ValueError(
+            f"{Path(file).name} was released as the file of --config {entry}, not of {config}, whose settings and numbers "
+            f"are others: pass {entry}, or rename the file if its name is wrong"
+        )
 
 
 def _slots_entry(name: str) -> dict:

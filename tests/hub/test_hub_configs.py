@@ -153,6 +153,20 @@ def test_released_slots_become_the_dataset_of_their_entry(tmp_path, capsys):
     assert main([*file(7), "--config", "savi-clevrer"]) == 2 and "clevrer-savi-slots" in capsys.readouterr().err
 
 
+def test_a_released_file_is_not_converted_under_the_entry_of_another(tmp_path, capsys):
+    """Their shapes are the same: the card would hold the other's numbers."""
+    made = str(tmp_path / "made")
+    for file, wrong, right in (
+        ("clevrer_savi_2_epoch_30_object.ckpt", "cjepa-clevrer-videosaur-4of7", "cjepa-clevrer-savi-2of7"),
+        ("clevrer_videosaur_slots.pkl", "clevrer-savi-slots", "clevrer-videosaur-slots"),
+    ):
+        (tmp_path / file).write_bytes(b"not read")
+        assert main(["convert", str(tmp_path / file), "--config", wrong, "--output-dir", made]) == 2
+        assert f"pass {right}" in capsys.readouterr().err
+        assert main(["convert", str(tmp_path / file), "--config", right, "--output-dir", made]) == 2
+        assert "cannot be read" in capsys.readouterr().err and not Path(made).exists()
+
+
 @pytest.mark.parametrize("name", ["videosaur-pusht", "savi-clevrer", "cjepa-clevrer-savi-2of7", "aloe-clevrer"])
 def test_a_missing_tensor_is_refused(name, monkeypatch):
     tensors = state_dict(name)
