@@ -663,15 +663,9 @@ def convert(arguments, _) -> None:
         if entry:
             keywords["frame_skip"] = arguments.frame_skip or entry["dataset"]["frame_skip"]
             keywords["encoder"] = {"name": entry["encoder"], "revision": None, "config_hash": None}
+            keywords["shape"] = (entry["dataset"]["num_slots"], entry["dataset"]["slot_size"])
         folder = convert_original_slots(arguments.file, **columns, output_dir=output, **keywords)
         if entry:
-            made = json.loads((folder / "slot_dataset.json").read_text())
-            for name in ("num_slots", "slot_size"):
-                if made[name] != entry["dataset"][name]:
-                    raise ValueError(
-                        f"{arguments.file} has {name} {made[name]}, --config {arguments.config} {entry['dataset'][name]}: "
-                        f"the dataset in {folder} is whole, but not that one"
-                    )
             from cjepa_hf.hub.cards import card
 
             _write_text(folder / "source.json", json.dumps(entry, indent=2, ensure_ascii=False) + "\n")

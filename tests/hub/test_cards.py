@@ -9,7 +9,7 @@ from huggingface_hub import DatasetCard, ModelCard
 from transformers import PreTrainedConfig
 
 import cjepa_hf
-from cjepa_hf import ColorIsaConfig, DinoWmConfig, DinoWmModel, PatchEncoderConfig
+from cjepa_hf import CJepaConfig, CJepaModel, ColorIsaConfig, DinoWmConfig, DinoWmModel, PatchEncoderConfig
 from cjepa_hf.cli import main
 from cjepa_hf.hub.cards import _KINDS, card
 from cjepa_hf.hub.convert import hub_configs
@@ -48,6 +48,12 @@ def test_every_number_of_a_card_is_in_a_file(name):
     text = card(ENTRIES[name], f"galilai/{name}")
     unknown = numbers(text) - {number for value in values for number in numbers(value)} - known
     assert not unknown
+
+
+def test_a_model_without_a_stated_license_is_not_licensed_for_its_owner(tmp_path):
+    CJepaModel(CJepaConfig(num_hidden_layers=1, intermediate_size=16)).save_pretrained(tmp_path)
+    text = card(tmp_path, "me/mine")
+    assert ModelCard(text).data.license is None and "apache" not in text.lower()
 
 
 @pytest.mark.parametrize("name", ENTRIES)

@@ -432,6 +432,7 @@ def test_slots_that_do_not_fit_are_refused(tmp_path):
         ),
         "axes": dict(path=write(tmp_path / "b.pkl", {"train": slots_of({0: 5}, width=(2,))})),
         "finite": dict(path=write(tmp_path / "c.pkl", {"train": {"x": np.full((2, 3, 4), np.nan, np.float32)}})),
+        r"expected \[4, 8\]": dict(path=good, shape=(4, 8)),
         "no video": dict(path=write(tmp_path / "d.pkl", {"train": {}})),
         "by split": dict(path=write(tmp_path / "e.pkl", {"weights": 1})),
         "columns": dict(

@@ -135,7 +135,7 @@ def _model_card(folder: Path, repo_id: str, source: dict, results: list[Path]) -
         for row in paper
     ]  # fmt: skip
     data = ModelCardData(
-        license=source.get("license", "apache-2.0"), library_name="cjepa_hf", pipeline_tag=task if task != "robotics" or config.get("action_size") else None, tags=tags,
+        license=source.get("license"), library_name="cjepa_hf", pipeline_tag=task if task != "robotics" or config.get("action_size") else None, tags=tags,
         model_name=repo_id.split("/")[-1], eval_results=evaluations or None,
     )  # fmt: skip
     inputs = "actions=actions, " if config.get("action_size") else ""
@@ -330,7 +330,9 @@ def _training(folder: Path, source: Mapping) -> str:
 
 
 def _license(source: Mapping) -> list[str]:
-    license = source.get("license", "apache-2.0")
+    if "license" not in source:  # its owner has not said
+        return ["## Citation", _CITATION]
+    license = source["license"]
     whose = ", as the original repository states" if source.get("original", {}).get("file") else ""
     return ["## License and citation", f"`{license}`{whose}.", _CITATION]
 
@@ -381,5 +383,5 @@ def _dataset_card(folder: Path, repo_id: str, source: dict) -> str:
         "## Made from",
         f"{source.get('training_data', 'See `source` in ' + METADATA_FILE)}.",
     ]
-    lines += _license(source) if "license" in source else ["## Citation", _CITATION]
+    lines += _license(source)
     return "\n\n".join(lines) + "\n"

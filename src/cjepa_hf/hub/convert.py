@@ -668,6 +668,7 @@ def convert_original_slots(
     output_dir: str | os.PathLike | None = None,
     frame_skip: int | None = None,
     encoder: Mapping | None = None,
+    shape: tuple[int, int] | None = None,
     dtype: str = "float32",
     frames_per_file: int = 16384,
 ) -> Path:
@@ -685,6 +686,7 @@ def convert_original_slots(
             interruption it goes on.
         frame_skip: suggested for windows; default: 5 with actions (Push-T), else 2 (CLEVRER).
         encoder: what made the slots (`{"name": ..., "revision": ...}`); default: the name of the file.
+        shape: (N, D) that the slots must have, where it is known.
         dtype: "float32" or "float16" of the stored slots.
         frames_per_file: frames per Parquet file, which bounds memory.
 
@@ -697,6 +699,11 @@ def convert_original_slots(
     """
     path = Path(path)
     slots, release = _splits(path, 3)
+    found = {tuple(array.shape[1:]) for _, _, array in _episodes(slots)}
+    if shape is not None and found != {tuple(shape)}:
+        raise ConversionError(
+            f"{path}: slots [N, D] = {sorted(found)[:3]}, expected {list(shape)}: pass the entry of this file."
+        )
     columns = {"actions": actions, "proprio": proprio, "state": states}
     columns = {name: (Path(file), *_splits(file, 2)) for name, file in columns.items() if file is not None}
     sizes = {name: _size(file, splits) for name, (file, splits, _) in columns.items()}

@@ -405,7 +405,6 @@ def model_card(model: AloeForVideoQuestionAnswering, args: AloeTrainArguments, r
     """README.md of a trained folder: what it is, how it was trained, what was measured."""
     config = model.config
     data = ModelCardData(
-        license="apache-2.0",
         library_name="cjepa_hf",
         pipeline_tag="visual-question-answering",
         tags=["c-jepa", "aloe"],
