@@ -51,7 +51,16 @@ class Hub(NamedTuple):
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
-    root = tmp_path_factory.mktemp("hub")
+    yield from _run(tmp_path_factory.mktemp("hub"))
+
+
+@pytest.fixture
+def empty_hub(tmp_path):
+    """One that no other test has published to."""
+    yield from _run(tmp_path)
+
+
+def _run(root):
     server = Server(root)
     try:
         offline = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")

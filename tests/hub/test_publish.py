@@ -326,8 +326,9 @@ def test_a_download_that_breaks_off_goes_on_where_it_was(hub, published, loaded)
 
 
 @pytest.mark.slow
-def test_a_download_survives_a_killed_server(hub):
+def test_a_download_survives_a_killed_server(empty_hub):
     """Started again at once, the same call goes on from the part it has; else the error says so and the next call loads."""
+    hub = empty_hub
     name, script = "cjepa-clevrer-savi-1of7", {"script": "publish_client.py"}
     made = value(hub.client("owner of one", f"publish_entries:{name}", **script), "publish_entries")[name]["made"]
     folder = hub.store.parent / "patient"
