@@ -149,7 +149,8 @@ def test_released_slots_become_the_dataset_of_their_entry(tmp_path, capsys):
     assert main(["publish", str(made), "me/slots", "--dry-run", "--json"]) == 0
     files = json.loads(capsys.readouterr().out)["files"]
     assert files["README.md"] == len(card(made, "me/slots").encode()) and "source.json" in files
-    assert main([*file(4), "--config", "clevrer-savi-slots"]) == 2 and "num_slots 4" in capsys.readouterr().err
+    assert main([*file(4), "--config", "clevrer-savi-slots"]) == 2 and "expected [7, 128]" in capsys.readouterr().err
+    assert not (tmp_path / "made-4").exists()
     assert main([*file(7), "--config", "savi-clevrer"]) == 2 and "clevrer-savi-slots" in capsys.readouterr().err
 
 

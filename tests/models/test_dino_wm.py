@@ -237,7 +237,7 @@ def test_parameters_missing_from_a_checkpoint_are_initialised_not_left_as_memory
     for key in ("predictor.position_embedding", "predictor.head.weight", "action_mean"):
         state.pop(key)
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    again = DinoWmModel.from_pretrained(tmp_path)
+    again, _ = DinoWmModel.from_pretrained(tmp_path, output_loading_info=True)
     assert 0.5 < again.predictor.position_embedding.std() < 1.5
     assert (again.predictor.head.weight == 0).all() and again.action_mean.isnan().all()
 
