@@ -1,7 +1,7 @@
 """Windows per second from a slot dataset on disk, or what extraction costs beside its forward pass. Prints json.
 
     python benchmarks/slots.py > benchmarks/results/slots.json
-    python benchmarks/slots.py --extraction > benchmarks/results/extraction.json
+    python benchmarks/slots.py --extraction --episodes 4 --length 64 --repeats 4 > benchmarks/results/extraction.json
 
 The second one writes mp4 files (480 x 320, 128 frames, as CLEVRER's) and takes turns between the encoder alone, on
 pixels that are ready in memory, and the whole extraction from files to Parquet. `cpu` counts the processor time of all
