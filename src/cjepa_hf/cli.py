@@ -485,16 +485,9 @@ def suite(_, rest) -> None:
 
 
 def _write(path: Path, results: dict) -> None:
-    _write_text(path, json.dumps(results, indent=1) + "\n")
+    from cjepa_hf.data.slots import write_text
 
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(path, json.dumps(results, indent=1) + "\n")
 
 
 def analyze(arguments, _) -> None:
@@ -666,10 +659,11 @@ def convert(arguments, _) -> None:
             keywords["shape"] = (entry["dataset"]["num_slots"], entry["dataset"]["slot_size"])
         folder = convert_original_slots(arguments.file, **columns, output_dir=output, **keywords)
         if entry:
+            from cjepa_hf.data.slots import write_text
             from cjepa_hf.hub.cards import card
 
-            _write_text(folder / "source.json", json.dumps(entry, indent=2, ensure_ascii=False) + "\n")
-            _write_text(folder / "README.md", card(folder))
+            write_text(folder / "source.json", json.dumps(entry, indent=2, ensure_ascii=False) + "\n")
+            write_text(folder / "README.md", card(folder))
         print((folder / "slot_dataset.json").read_text() if arguments.json else f"Slots in {folder}")
         return
     if given := [f"--{name}" for name, value in columns.items() if value]:
@@ -740,9 +734,11 @@ def write_card(arguments, _) -> None:
         if output.exists() and not arguments.force:
             raise ValueError(f"{output} is there already: --force replaces it, --output writes elsewhere")
         texts = {output: card(folder, arguments.repo_id, arguments.results)}
+    from cjepa_hf.data.slots import write_text
+
     for path, text in texts.items():
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write_text(path, text)
+        write_text(path, text)
     print(f"{len(texts)} cards in {arguments.all}" if arguments.all else f"Card in {path}")
 
 

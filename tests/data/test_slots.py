@@ -346,14 +346,14 @@ def test_a_killed_writer_goes_on_after_its_last_finished_file(tmp_path):
 
 @pytest.mark.parametrize("name", ["README.md", METADATA_FILE])
 def test_an_interruption_while_finishing_is_resumed(tmp_path, monkeypatch, name):
-    rows, real = episodes(4), slots_module._write_text
+    rows, real = episodes(4), slots_module.write_text
 
     def fail(path, text):
         if path.name == name:
             raise OSError(28, "No space left on device")
         real(path, text)
 
-    monkeypatch.setattr(slots_module, "_write_text", fail)
+    monkeypatch.setattr(slots_module, "write_text", fail)
     with pytest.raises(OSError, match="No space left"):
         write(tmp_path / "d", rows, frames_per_file=50)
     with pytest.raises(ValueError, match="is incomplete"):

@@ -477,7 +477,7 @@ class SlotDatasetWriter:
             raise ValueError(f"{self.output_dir} is not empty and not an unfinished slot dataset: choose a new folder")
         else:
             partial.mkdir(parents=True, exist_ok=True)
-            _write_text(arguments_path, json.dumps(self.arguments, indent=1))
+            write_text(arguments_path, json.dumps(self.arguments, indent=1))
         # `close` moves the whole folder in one step, so the files are in exactly one of the two places.
         moved = (self.output_dir / "data").exists()
         self._data = self.output_dir / "data" if moved else partial / "data"
@@ -580,7 +580,7 @@ class SlotDatasetWriter:
             self._write(self._data / f"{split}-{number:05d}.parquet", good)
         # Last: this file says that the other one is complete.
         listed = {"skipped": [{"split": split, **one} for one in skipped], "episodes": len(good)}
-        _write_text(self._note(split, number), json.dumps(listed))
+        write_text(self._note(split, number), json.dumps(listed))
 
     def has_file(self, split: str, number: int) -> bool:
         """Whether [`write_file`] has written this file (here or in another process, now or before an interruption)."""
@@ -663,8 +663,8 @@ class SlotDatasetWriter:
         if self._data.parent != self.output_dir:
             os.rename(self._data, self.output_dir / "data")
             self._data = self.output_dir / "data"
-        _write_text(self.output_dir / "README.md", _card(metadata, self.output_dir))
-        _write_text(self.output_dir / METADATA_FILE, json.dumps(metadata, indent=1) + "\n")
+        write_text(self.output_dir / "README.md", _card(metadata, self.output_dir))
+        write_text(self.output_dir / METADATA_FILE, json.dumps(metadata, indent=1) + "\n")
         shutil.rmtree(self.output_dir / PARTIAL_FOLDER)
         return self.output_dir
 
@@ -744,11 +744,16 @@ def _sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    _sync(temporary)
-    os.replace(temporary, path)
+def write_text(path: str | Path, text: str) -> None:
+    """Writes a file in one move: under a temporary name beside it, then renamed."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        _sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _card(metadata: dict, folder: Path) -> str:

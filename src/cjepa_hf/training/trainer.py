@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm.auto import tqdm
 
+from ..data.slots import write_text
 from .arguments import TrainArguments
 
 LossFunction = Callable[[nn.Module, Any], tuple[Tensor, dict[str, Tensor | float]]]
@@ -884,14 +885,6 @@ class _Interrupt:
 
 
 # --- results -------------------------------------------------------------------------------------------------------
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Writes a file in one move: under a temporary name beside it, then renamed."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def save_model_folder(model: nn.Module, folder: str | Path, files: Mapping[str, str] | None = None) -> None:
