@@ -11,8 +11,10 @@ from transformers import AutoConfig, AutoModel
 
 from cjepa_hf import CJepaConfig, CJepaModel
 from cjepa_hf.models.cjepa.modeling_cjepa import (
+    _heads_first,
+    _tokens_first,
     assign_slots,
-    cpu_attention_forward,
+    cpu_attention,
     fast_dropout,
     reorder_slots,
     solve_assignment,
@@ -410,13 +412,29 @@ def test_attention_of_any_size_is_that_of_the_eager_implementation(scale):
 
 
 def test_autocast_leaves_attention_in_float32():
-    query, key, value = torch.randn(3, 2, 4, 6, 8)
-    module = torch.nn.Module().eval()
-    module.num_heads = 4
-    plain, _ = cpu_attention_forward(module, query, key, value, None, 0.3)
+    query, key, value = torch.randn(3, 8, 6, 8)
+    plain = cpu_attention(query, key, value, 0.3)
     with torch.autocast("cpu", torch.bfloat16):
-        inside, _ = cpu_attention_forward(module, query, key, value, None, 0.3)
+        inside = cpu_attention(query, key, value, 0.3)
     torch.testing.assert_close(inside, plain, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [1, 2, 3, 4, 8])
+def test_heads_are_moved_to_the_front_and_back_exactly(dtype, head_dim):
+    parts = torch.randn(2, 5, 3 * 4 * head_dim).to(dtype)
+    heads = _heads_first(parts, 4, head_dim)
+    torch.testing.assert_close(heads[1][6, 3], parts[1, 3, (4 + 2) * head_dim :][:head_dim], rtol=0, atol=0)
+    expected = parts.unflatten(-1, (3, 4, head_dim)).permute(2, 0, 3, 1, 4).flatten(1, 2)
+    torch.testing.assert_close(heads, expected, rtol=0, atol=0)
+    torch.testing.assert_close(_tokens_first(heads[2], 4), parts.chunk(3, -1)[2], rtol=0, atol=0)
+
+
+def test_bfloat16_inference_equals_bfloat16_with_gradients():
+    model = tiny(**OURS).bfloat16()
+    with torch.no_grad():
+        fused = model.predict(**window())
+    torch.testing.assert_close(fused, model.predict(**window()).detach(), rtol=0.05, atol=0.05)
 
 
 def test_bfloat16_stays_close_to_float32():

@@ -97,8 +97,8 @@ class RolloutCost:
         proprio: [B, T, P], normalised; required if the model takes proprioception.
         goal_proprio: [B, P], normalised, or None.
         past_actions: [B, T - 1, A], normalised: what was done between the observed frames (T > 1 only).
-        max_candidates_per_chunk: candidates imagined together. None: 128 on a CPU, where larger activations fall out of
-            the cache and are slower, else as many as `max_memory` allows.
+        max_candidates_per_chunk: candidates imagined together. None: 512 on a CPU, where larger chunks gain nothing, else
+            as many as `max_memory` allows.
         max_memory: bound in bytes on the activations of one chunk (an estimate that errs on the high side).
         match_slots: keep the slot order along the rollout by optimal assignment, as the paper's planner does.
         window: frames the predictor sees at most (history_length without). 1 is the cheapest, and enough where one
@@ -167,7 +167,7 @@ class RolloutCost:
         if max_candidates_per_chunk is not None and max_candidates_per_chunk < 1:
             raise ValueError(f"max_candidates_per_chunk must be at least 1, got {max_candidates_per_chunk}")
         if max_candidates_per_chunk is None and device.type == "cpu":
-            max_candidates_per_chunk = 128
+            max_candidates_per_chunk = 512
         affordable = max_memory // self._candidate_bytes()
         if affordable < 1:
             raise ValueError(

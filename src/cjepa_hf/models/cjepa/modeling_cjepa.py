@@ -187,21 +187,46 @@ MAX_EXPONENT = 60.0
 
 
 @torch.autocast("cpu", enabled=False)
-def cpu_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+def cpu_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, dropout: float = 0.0):
     """
-    Plain products in float32 for CPUs: with tens of tokens and heads of width 8, PyTorch's fused kernel takes about
-    twice as long in inference and more in training, and so do products and softmax in bfloat16.
+    Attention of query [heads, Lq, head_dim], key and value [heads, L, head_dim] by plain products, in float32 whatever their
+    type: with tens of tokens and heads of width 8, PyTorch's fused kernel takes about twice as long in inference and more in
+    training, and so do products and softmax in bfloat16.
     """
-    query, key, value = (x.contiguous().flatten(0, 1) for x in (query * scaling, key, value))
-    scores = torch.bmm(query, key.transpose(1, 2))
-    if _small_exponents(scores):
-        # Softmax reduces short rows, which is slow here. With the sums of the exponentials as one more column of the
-        # product, attention takes three quarters of the time.
-        output = torch.bmm(scores.exp_(), F.pad(value, (0, 1), value=1.0))
-        output = output[..., :-1] / output[..., -1:]
-    else:
-        output = torch.bmm(fast_dropout(scores.softmax(dim=-1), dropout, module.training), value)
-    return output.unflatten(0, (-1, module.num_heads)).transpose(1, 2).contiguous(), None
+    query, key = query.float(), key.float()
+    scores = torch.baddbmm(query.new_empty(()), query, key.transpose(1, 2), beta=0, alpha=scaling)
+    if not _small_exponents(scores):
+        return torch.bmm(fast_dropout(scores.softmax(dim=-1), dropout, True), value.float())
+    # Softmax reduces short rows, which is slow here. With the sums of the exponentials as one more column of the
+    # product, attention takes three quarters of the time.
+    values = key.new_ones(*value.shape[:2], value.shape[2] + 1)
+    values[..., :-1] = value
+    output = torch.bmm(scores.exp_(), values)
+    return output[..., :-1] / output[..., -1:]
+
+
+# Types as wide as a whole head, by its bytes: with them, one element moves where a loop over a few would.
+_HEAD_TYPES = {2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
+
+
+def _heads_first(parts: torch.Tensor, num_heads: int, head_dim: int) -> torch.Tensor:
+    """K tensors side by side, [B, L, K * num_heads * head_dim], as [K, B * num_heads, L, head_dim]."""
+    batch, length, dtype = *parts.shape[:2], parts.dtype
+    wide = _HEAD_TYPES.get(head_dim * parts.element_size())
+    if wide is None or parts.requires_grad or torch.compiler.is_compiling():
+        wide = dtype
+    parts = parts.view(wide).view(batch, length, -1, num_heads, head_dim if wide is dtype else 1)
+    return parts.permute(2, 0, 3, 1, 4).contiguous().view(dtype).flatten(1, 2)
+
+
+def _tokens_first(heads: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """[B * num_heads, L, head_dim] as [B, L, num_heads * head_dim]: undoes [`_heads_first`] of one tensor."""
+    dtype, head_dim = heads.dtype, heads.shape[-1]
+    wide = _HEAD_TYPES.get(head_dim * heads.element_size())
+    if wide is None or heads.requires_grad or torch.compiler.is_compiling():
+        wide = dtype
+    heads = heads.view(wide).unflatten(0, (-1, num_heads))
+    return heads.transpose(1, 2).contiguous().view(dtype).flatten(2)
 
 
 def _small_exponents(scores: torch.Tensor) -> bool:
@@ -228,37 +253,47 @@ class CJepaAttention(nn.Module):
     def forward(self, hidden_states: torch.Tensor, num_queries: int | None = None):
         batch, length, size = hidden_states.shape
         implementation = self.config._attn_implementation
-        on_cpu = implementation == "sdpa" and hidden_states.device.type == "cpu"
         if num_queries is None:
             num_queries = length
-            parts = self.qkv(hidden_states)
-            # cast in one piece: of the strided parts it would take twice as long
-            query, key, value = (parts.float() if on_cpu else parts).chunk(3, dim=-1)
+            parts = [self.qkv(hidden_states)]
         else:
             # Only the last tokens are read: their queries suffice, while keys and values come from everything.
             weight, bias = self.qkv.weight, self.qkv.bias
             query = F.linear(hidden_states[:, -num_queries:], weight[:size], bias[:size])
-            parts = F.linear(hidden_states, weight[size:], bias[size:])
-            key, value = (parts.float() if on_cpu else parts).chunk(2, dim=-1)
-            query = query.float() if on_cpu else query
+            parts = [query, F.linear(hidden_states, weight[size:], bias[size:])]
+        dropout = self.config.attention_dropout if self.training else 0.0
+        if implementation == "sdpa" and hidden_states.device.type == "cpu":
+            heads = [x for part in parts for x in _heads_first(part, self.num_heads, self.head_dim)]
+            output = cpu_attention(*heads, scaling=self.scaling, dropout=dropout).to(hidden_states.dtype)
+            output = _tokens_first(output, self.num_heads)
+            return self.out_proj(output), None
         heads = (batch, -1, self.num_heads, self.head_dim)
-        query, key, value = (x.reshape(heads).transpose(1, 2) for x in (query, key, value))
-        if on_cpu:
-            attention = cpu_attention_forward
-        else:
-            attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        query, key, value = (x.reshape(heads).transpose(1, 2) for part in parts for x in part.split(size, dim=-1))
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         output, weights = attention(
-            self,
-            query,
-            key,
-            value,
-            None,
-            dropout=self.config.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            is_causal=False,
+            self, query, key, value, None, dropout=dropout, scaling=self.scaling, is_causal=False
         )
         output = output.reshape(batch, num_queries, size).to(hidden_states.dtype)
         return self.out_proj(output), weights
+
+
+@functools.cache
+def _has_fused_gelu() -> bool:
+    operators = torch.ops.mkldnn
+    if not (torch.backends.mkldnn.is_available() and hasattr(operators, "_linear_pointwise")):
+        return False
+    return hasattr(operators, "_is_mkldnn_bf16_supported") and operators._is_mkldnn_bf16_supported()
+
+
+def _fuses_gelu(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether oneDNN's product with the GELU in it serves: apart, they pass over the widest activation twice more."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.bfloat16
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and _has_fused_gelu()
+    )
 
 
 class CJepaMlp(nn.Module):
@@ -269,11 +304,18 @@ class CJepaMlp(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.activation = ACT2FN[config.hidden_act]
+        self.exact_gelu = config.hidden_act == "gelu"
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
         self.dropout = config.hidden_dropout
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        hidden_states = self.activation(self.fc1(self.norm(hidden_states)))
+        hidden_states = self.norm(hidden_states)
+        if self.exact_gelu and _fuses_gelu(hidden_states, self.fc1.weight):
+            hidden_states = torch.ops.mkldnn._linear_pointwise(
+                hidden_states, self.fc1.weight, self.fc1.bias, "gelu", [], "none"
+            )
+        else:
+            hidden_states = self.activation(self.fc1(hidden_states))
         hidden_states = fast_dropout(hidden_states, self.dropout, self.training)
         return fast_dropout(self.fc2(hidden_states), self.dropout, self.training)
 
