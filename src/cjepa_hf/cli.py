@@ -116,7 +116,9 @@ def _parser() -> argparse.ArgumentParser:
     sub = command(
         "train", train, "Train a model; what follows its name is that training's own arguments.", add_help=False
     )
-    sub.add_argument("model", nargs="?", choices=["cjepa", "dino-wm", "color-isa", "crop-slots", "savi", "videosaur"])
+    sub.add_argument(
+        "model", nargs="?", choices=["cjepa", "aloe", "dino-wm", "color-isa", "crop-slots", "savi", "videosaur"]
+    )
     sub.add_argument("-h", "--help", action="store_true", dest="show_help")
 
     sub = command(
@@ -414,12 +416,13 @@ def _print_preview(seen: dict, folder: Path) -> None:
 def train(arguments, rest) -> None:
     if arguments.model is None:
         print(
-            "usage: cjepa-hf train {cjepa,dino-wm,color-isa,crop-slots,savi,videosaur} [arguments]; `cjepa-hf train cjepa "
-            "--help` lists them"
+            "usage: cjepa-hf train {cjepa,aloe,dino-wm,color-isa,crop-slots,savi,videosaur} [arguments]; `cjepa-hf train "
+            "cjepa --help` lists them"
         )
         return
     if arguments.show_help:
         rest = ["--help", *rest]
+    sys.argv[0] = f"cjepa-hf train {arguments.model}"  # what the parser of the training calls itself
     importlib.import_module(f"cjepa_hf.training.{arguments.model.replace('-', '_')}").main(rest)
 
 

@@ -330,7 +330,8 @@ def test_a_real_model_plans_in_environment_units_only_with_statistics():
     ("kwargs", "message"),
     [
         ({"schedule": "cyclic"}, "schedule"),
-        ({"horizon": 0}, "horizon must be at least 1"),
+        ({"horizon": 0}, "horizon must be a whole number"),
+        ({"horizon": "5"}, "horizon must be a whole number"),
         ({"receding_horizon": 6}, "receding_horizon must be between 1 and horizon=5"),
         ({"window": 4}, "window must be between 1 and the model's 3"),
         ({"planner": CEMPlanner(held_steps=3)}, "does not split into held_steps=3"),

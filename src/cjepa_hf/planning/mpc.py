@@ -108,8 +108,8 @@ class MPCPolicy:
             raise ValueError("this model takes no actions (action_size=0), so there is nothing to plan")
         if schedule not in ("receding", "shrinking"):
             raise ValueError(f'schedule must be "receding" or "shrinking", got {schedule!r}')
-        if horizon < 1:
-            raise ValueError(f"horizon must be at least 1 block, got {horizon}")
+        if not isinstance(horizon, int) or horizon < 1:
+            raise ValueError(f"horizon must be a whole number of blocks, 1 or more, got {horizon!r}")
         if not 1 <= receding_horizon <= horizon:
             raise ValueError(f"receding_horizon must be between 1 and horizon={horizon}, got {receding_horizon}")
         if action_bounds is not None and not (len(action_bounds) == 2 and action_bounds[0] < action_bounds[1]):

@@ -1,4 +1,4 @@
-"""Trains ALOE to answer questions about videos from their slots: `examples/train_aloe.py`.
+"""Trains ALOE to answer questions about videos from their slots: `cjepa-hf train aloe` and `examples/train_aloe.py`.
 
 Slots come from a slot dataset (one episode per video), questions from a file in CLEVRER's format. A second training with
 `--text_only true` sees no slots: what it answers is what the words alone give away, the baseline of every accuracy.
