@@ -21,12 +21,11 @@ for step in $steps; do
   started=$SECONDS
   echo "== $step"
   slots=slots
-  world_model=world_model.yaml
   pixels=()
   if [[ $step == pixel_* ]]; then
     slots=pixel_slots
-    world_model=world_model_pixels.yaml
-    pixels=(--slot_encoder "$out/pixel_encoder")
+    # videos do not tell where contacts begin
+    pixels=(--slot_encoder "$out/pixel_encoder" --contact_share 0)
   fi
   case $step in
     collect)
@@ -41,11 +40,11 @@ for step in $steps; do
     # frames are drawn from the states of the same scenes
     pixel_slots) cjepa-hf extract "$out/scenes" --encoder "$out/pixel_encoder" --output-dir "$out/pixel_slots" ;;
     *world_model)
-      python "$here/train.py" "$here/collisions/$world_model" --dataset "$out/$slots" "${pixels[@]}" \
+      python "$here/train.py" "$here/collisions/world_model.yaml" --dataset "$out/$slots" "${pixels[@]}" \
         --output_dir "$out/$step" "${train[@]}"
       ;;
     *oc_jepa)
-      python "$here/train.py" "$here/collisions/$world_model" --dataset "$out/$slots" "${pixels[@]}" \
+      python "$here/train.py" "$here/collisions/world_model.yaml" --dataset "$out/$slots" "${pixels[@]}" \
         --output_dir "$out/$step" --num_masked_slots 0 "${train[@]}"
       ;;
     *evaluate)

@@ -6,6 +6,7 @@ from transformers import pipeline
 
 from cjepa_hf import CJepaConfig, CJepaModel, ColorIsaConfig, ColorIsaImageProcessor
 from cjepa_hf.imagination import Drop, Empty, Replace, imagine
+from cjepa_hf.models.crop_slots import CropSlotsConfig, CropSlotsModel
 from cjepa_hf.slot_probe import SlotProbe
 
 N, D = 4, 16
@@ -61,6 +62,25 @@ def test_it_returns_what_imagine_does_with_interventions_in_words(what_if, tmp_p
     with Image.open(tmp_path / "a.gif") as picture:
         assert picture.n_frames == 5 and picture.size[0] == 4 * 196
     assert [file.name for file in tmp_path.iterdir()] == ["a.gif"]
+
+
+def test_an_encoder_beside_the_model_tells_what_is_empty_and_what_is_nowhere(tmp_path):
+    torch.manual_seed(0)
+    encoder = CropSlotsModel(CropSlotsConfig(num_slots=N, slot_size=32, hidden_size=16, channels=(4, 8))).eval()
+    encoder.set_background(torch.full((3, 64, 64), 0.5))
+    frames = np.full((6, 64, 64, 3), 128, np.uint8)
+    for t, frame in enumerate(frames):
+        frame[10:18, 10 + t : 15 + t] = [200, 0, 0]
+        frame[40:48, 40:45] = [0, 0, 200]
+    model = build(slot_size=32, residual_prediction="last")
+    torch.nn.init.zeros_(model.predictor.head.weight)  # it imagines that nothing changes
+    torch.nn.init.zeros_(model.predictor.head.bias)
+    what_if = pipeline("counterfactual-rollout", model=model, slot_encoder=encoder, device="cpu")
+    result = what_if(frames, interventions=["empty:0"], num_frames=3, gif=tmp_path / "c.gif")
+    there = np.isfinite(result["paths"]["slots"][0, 0]).all(-1)
+    assert list(there) == [False, True, False, False]
+    factual = what_if(frames, num_frames=3)["paths"]["factual"]
+    assert list(np.isfinite(factual[0]).all(-1)) == [True, True, False, False]
 
 
 def test_a_list_of_inputs_and_a_short_video(what_if):

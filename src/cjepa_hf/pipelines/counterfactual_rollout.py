@@ -14,7 +14,18 @@ from transformers import Pipeline
 
 from cjepa_hf.data.extract import encode_videos
 from cjepa_hf.data.video import FrameVideo, open_videos
-from cjepa_hf.imagination import Act, Delay, Drop, Empty, Imagination, Intervention, Mask, Replace, imagine
+from cjepa_hf.imagination import (
+    Act,
+    Delay,
+    Drop,
+    Empty,
+    Imagination,
+    Intervention,
+    Mask,
+    Replace,
+    imagine,
+    is_empty,
+)
 from cjepa_hf.models.cjepa import CJepaModel
 from cjepa_hf.models.savi import SaviModel
 from cjepa_hf.slot_probe import SlotProbe
@@ -74,7 +85,8 @@ class CounterfactualRolloutPipeline(Pipeline):
         factual [K, N, D], slots [I, K, N, D] (NaN where a slot was dropped), effect [I, K, N] (slot units),
         interventions: per intervention {"intervention": as given, "affected": [{"slot", "object" (with a probe),
             "from_frame" (of the video), "largest_effect"}]}, the most affected first,
-        paths: {"factual" [K, N, 2], "slots" [I, K, N, 2]} where the encoder or the probe tells positions, else None,
+        paths: {"factual" [K, N, 2], "slots" [I, K, N, 2]} where the encoder or the probe tells positions (NaN where a slot
+            was dropped or is empty), else None,
         start: first imagined frame; history: steps the model saw; short_history: fewer than it was trained with,
         observed [T, N, D], objects (with a probe: what each slot holds, or None), gif (the path, or None).
 
@@ -188,6 +200,8 @@ class CounterfactualRolloutPipeline(Pipeline):
             frame_skip = 1 if config.action_size else config.frame_skip
         if empty_slot is None and self.probe is not None:
             empty_slot = self.probe.empty_slot
+        if empty_slot is None:
+            empty_slot = getattr(self.slot_encoder, "empty_slot", None)
         result = imagine(
             self.model,
             slots[None],
@@ -207,7 +221,8 @@ class CounterfactualRolloutPipeline(Pipeline):
         if locate is None and self.probe is not None and self.probe.has_positions:
             locate = self.probe.positions
         if locate is not None:
-            paths = {"factual": locate(result.factual[0]), "slots": locate(result.slots[0])}
+            paths = {"factual": result.factual[0], "slots": result.slots[0]}
+            paths = {name: _paths(locate(slots), slots, empty_slot) for name, slots in paths.items()}
         if gif is not None:
             names = ["as it is", *(_name(one) for one in given)]
             write_comparison(Path(gif), result, self.slot_encoder, paths, names)
@@ -362,6 +377,16 @@ def find_slot(probe: SlotProbe | None, slots: torch.Tensor, words: str) -> int:
 
 # ---------------------------------------------------------------------------------------------------------- pictures
 
+
+def _paths(positions: torch.Tensor, slots: torch.Tensor, empty_slot) -> torch.Tensor:
+    """Positions [..., N, 2] of slots [..., N, D], NaN where a slot is empty: what is not there is nowhere."""
+    if empty_slot is None:
+        return positions
+    scenes = slots.nan_to_num().view(-1, *slots.shape[-3:])  # dropped slots are NaN
+    empty = is_empty(scenes, torch.as_tensor(empty_slot)).view(slots.shape[:-1])
+    return positions.masked_fill(empty.unsqueeze(-1).to(positions.device), torch.nan)
+
+
 _SIZE = 192
 _COLORS = [
     (214, 39, 40), (31, 119, 180), (44, 160, 44), (255, 127, 14), (148, 103, 189), (140, 86, 75), (227, 119, 194),
@@ -385,12 +410,15 @@ def write_comparison(path: Path, result: Imagination, encoder, paths: dict | Non
     points = None
     if paths is not None:
         tracks = torch.cat([paths["factual"][None], paths["slots"]]).float().cpu().numpy()  # [1 + I, K, N, 2]
-        scene = getattr(getattr(encoder, "config", None), "scene_size", None)
+        config = getattr(encoder, "config", None)
+        scene, view = (getattr(config, name, None) for name in ("scene_size", "view_size"))
         if drawn is None:
             low, high = np.nanmin(tracks, axis=(0, 1, 2)), np.nanmax(tracks, axis=(0, 1, 2))
             points = 8 + (tracks - low) / max(float((high - low).max()), 1e-6) * (_SIZE - 16)
         elif scene is not None and hasattr(encoder, "positions"):
             points = tracks / scene * _SIZE
+        elif view is not None and hasattr(encoder, "positions"):  # from the middle of the view
+            points = (tracks / np.asarray(view) + 0.5) * _SIZE
     frames = []
     for k in range(len(rollouts[0])):
         cells = []
@@ -399,10 +427,12 @@ def write_comparison(path: Path, result: Imagination, encoder, paths: dict | Non
             if points is not None:
                 for slot in range(points.shape[2]):
                     track = points[i, : k + 1, slot]
-                    if np.isfinite(track).all():
-                        color, line = _COLORS[slot % len(_COLORS)], (track * 8).round().astype(np.int32)
+                    there = np.isfinite(track).all(axis=-1)
+                    if there.any():
+                        color, line = _COLORS[slot % len(_COLORS)], (track[there] * 8).round().astype(np.int32)
                         cv2.polylines(cell, [line], False, color, 1, cv2.LINE_AA, 3)
-                        cv2.circle(cell, tuple(int(v) for v in line[-1]), 24, color, -1, cv2.LINE_AA, 3)
+                        if there[-1]:
+                            cv2.circle(cell, tuple(int(v) for v in line[-1]), 24, color, -1, cv2.LINE_AA, 3)
             header = np.full((18, _SIZE, 3), 255, np.uint8)
             title = f"{name}, frame {int(result.start[0]) + k}"
             cv2.putText(header, title, (4, 13), cv2.FONT_HERSHEY_SIMPLEX, 0.36, (60, 60, 60), 1, cv2.LINE_AA)
