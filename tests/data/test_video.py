@@ -3,6 +3,7 @@
 import io
 import itertools
 import shutil
+import struct
 import tarfile
 
 import datasets
@@ -294,8 +295,37 @@ def test_damaged_and_empty_videos_say_what_is_wrong(tmp_path):
         with pytest.raises((ValueError, OSError)) as error:
             video.frames()
         messages[video.name] = str(error.value)
-    assert "damaged after frame" in messages["zeros"] and "[Errno" in messages["text"] and messages["empty"]
+    assert "damaged after frame" in messages["zeros"]
+    assert "cannot be opened as a video" in messages["text"] and "cannot be opened as a video" in messages["empty"]
     assert "damaged after" in messages["cut"] or "cut off" in messages["cut"]
+    assert str(tmp_path) not in str(messages)  # published datasets quote them
+
+
+@pytest.mark.parametrize("with_tag", [True, False])
+def test_a_matroska_file_that_was_cut_off_is_not_taken_for_a_shorter_video(tmp_path, with_tag):
+    noise = np.random.default_rng(0).integers(0, 256, (60, H, W, 3), dtype=np.uint8)
+    whole = write_video(tmp_path / "a.mkv", noise).read_bytes()
+    if not with_tag:  # of the stream's duration: other programs write none
+        whole = whole.replace(b"DURATION", b"OTHERTAG")
+        (tmp_path / "a.mkv").write_bytes(whole)
+    (video,) = open_videos(tmp_path / "a.mkv")
+    assert len(video) == 60 and video.fps == 25  # no count, but a duration
+    np.testing.assert_array_equal(video.frames(), noise)
+    (tmp_path / "b.mkv").write_bytes(whole[: len(whole) // 2])
+    (video,) = open_videos(tmp_path / "b.mkv")
+    with pytest.raises(ValueError, match=r"ends after 1\.\d\d of 2\.40 seconds: it was cut off"):
+        video.frames()
+
+
+def test_frames_of_a_turned_phone_are_upright(tmp_path):
+    path = write_video(tmp_path / "a.mp4", frames(), codec="libx264", pixels="yuv444p")
+    (video,) = open_videos(path)
+    content, expected = bytearray(path.read_bytes()), np.rot90(video.frames(), -1, (1, 2))
+    matrix = content.index(b"tkhd") + 44  # 9 fixed-point numbers of the track's header: here, turn clockwise
+    content[matrix : matrix + 36] = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)
+    path.write_bytes(content)
+    (turned,) = open_videos(path)
+    np.testing.assert_array_equal(turned.frames(), expected)
 
 
 def test_places_without_videos_are_named(tmp_path):

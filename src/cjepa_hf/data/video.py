@@ -14,7 +14,8 @@
 | WebDataset shards (`.tar`), read by `datasets` | an entry | its key |
 | a collected dataset, a folder that `datasets` reads, a Hub id, a `Dataset` or `DatasetDict` | a row: `frames` or `images` (list of pictures or uint8 [T, H, W, 3]), a `Video` column, or a `state` that a simulator draws | `episode_id` |
 
-Two files of one stem are named by their path below the source instead. Folders (or HDF5 files) called or ending in
+Files of one stem in different folders are named by their path below the source instead; in one folder they are an
+error. Folders (or HDF5 files) called or ending in
 `train`, `val`, `valid`, `validation` or `test` are splits; `val` and `valid` become `validation`; anything else is
 `train`. Beside a video `x.mp4` (or `x.npy`) may lie `x.actions.npy`, `x.proprio.npy`, `x.state.npy`, `x.contacts.npy`
 and true masks `x.segments.npy`; in an image folder the same without `x.`. They have T rows; `actions` may have T - 1,
@@ -60,6 +61,7 @@ RENDERERS = {"push_t": render_push_t, "collisions": render_collisions}  # by the
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ogv", ".gif")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 HDF5_SUFFIXES = (".h5", ".hdf5")
+_LONGEST_FRAME = 0.5  # seconds that the last frame may be shown without saying so
 _SIDECARS = (*COPIED_COLUMNS, "segments")
 _WANT = "expected uint8 RGB [T, H, W, 3]"
 
@@ -146,7 +148,11 @@ class VideoFile(Video):
 
     def _open(self):
         av = _import("av", "video")
-        container = av.open(str(self._source) if isinstance(self._source, Path) else io.BytesIO(self._source()))
+        source = self._source if isinstance(self._source, Path) else io.BytesIO(self._source())
+        try:
+            container = av.open(str(source) if isinstance(source, Path) else source)
+        except av.error.FFmpegError as error:  # whose text holds the path, which nobody wants in a published dataset
+            raise ValueError(f"the file cannot be opened as a video ({error.strerror})") from error
         if not container.streams.video:
             container.close()
             raise ValueError("the file has no video stream")
@@ -175,12 +181,14 @@ class VideoFile(Video):
         from av.video.reformatter import VideoReformatter
 
         # Shared by all frames: a converter of its own for every frame takes more time than decoding it.
-        converter, block, decoded, packets = VideoReformatter(), [], 0, 0
+        converter, block, decoded, packets, end = VideoReformatter(), [], 0, 0, 0
         with self._open() as container:
             stream = container.streams.video[0]
+            announced = _announced_seconds(container, stream)
             try:
                 for packet in container.demux(stream):
                     packets += packet.size > 0
+                    end = max(end, (packet.pts or 0) + (packet.duration or 0))
                     for frame in packet.decode():
                         if frame.is_corrupt:
                             raise ValueError(f"frame {decoded} is damaged")
@@ -198,8 +206,22 @@ class VideoFile(Video):
                 raise ValueError(f"the file is damaged after frame {decoded} ({error})") from error
             if packets < stream.frames:
                 raise ValueError(f"the file ends after {packets} of {stream.frames} frames: it was cut off")
+            seconds = float(end * stream.time_base)
+            if announced is not None and seconds < announced - _LONGEST_FRAME:
+                raise ValueError(f"the file ends after {seconds:.2f} of {announced:.2f} seconds: it was cut off")
         if block:
             yield block
+
+
+def _announced_seconds(container, stream) -> float | None:
+    """When the video should end, by the header of a file that does not count its frames (Matroska, WebM)."""
+    if stream.frames or "matroska" not in container.format.name:
+        return None
+    if re.fullmatch(r"\d+:\d\d:\d\d(\.\d+)?", tag := stream.metadata.get("DURATION", "")):
+        hours, minutes, seconds = tag.split(":")
+        return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
+    # the duration of the file is that of its longest stream
+    return container.duration / 1e6 if container.duration and len(container.streams) == 1 else None
 
 
 def _decoded(frame, converter) -> np.ndarray:
