@@ -291,6 +291,40 @@ def test_frames_of_another_size_than_the_encoder_takes_are_refused(tmp_path):
         extract_slots(source, encoder, tmp_path / "slots", render_resolution=32, **SILENT)
 
 
+def test_frames_that_are_drawn_smaller_than_the_encoder_takes_them_are_not_enlarged_silently(tmp_path, caplog):
+    source, encoder = collected(tmp_path / "source", rows([6])), Encoder()
+    encoder.config = SimpleNamespace(image_size=96)
+    shown = {"image_processor": lambda frames, return_tensors: {"pixel_values": torch.zeros(len(frames), 3, 96, 96)}}
+    extract_slots(source, encoder, tmp_path / "enlarged", **shown, **SILENT)
+    assert "drawn with 64 pixels per side and enlarged to the 96" in caplog.text
+    caplog.clear()
+    extract_slots(source, encoder, tmp_path / "drawn", render_resolution=96, **shown, **SILENT)
+    assert "enlarged" not in caplog.text
+
+
+def test_a_model_that_is_no_slot_encoder_is_named(tmp_path):
+    class Flat(Encoder):  # images, as most vision models take
+        def forward(self, pixel_values):
+            _, _, height, width = pixel_values.shape  # a ValueError of videos
+            return SimpleNamespace(slots=torch.zeros(height, width))
+
+    class Dull(Encoder):
+        def forward(self, pixel_values):
+            return SimpleNamespace(last_hidden_state=pixel_values)
+
+    source = collected(tmp_path / "source", rows([6]))
+    with pytest.raises(
+        ValueError, match=r"Flat does not take pixel_values \(6, 1, 3, 64, 64\) .*returns slots \[6, 1"
+    ):
+        extract_slots(source, Flat(), tmp_path / "flat", **SILENT)
+    with pytest.raises(ValueError, match=r"returned no slots for pixel_values .*expected slots \[6, 1, N, D\]"):
+        extract_slots(source, Dull(), tmp_path / "dull", **SILENT)
+    for wrong in ("num_frames", "num_videos", "render_resolution"):
+        with pytest.raises(ValueError, match=f"{wrong} must be at least 1"):
+            extract_slots(source, Encoder(), tmp_path / "none", **{wrong: 0}, **SILENT)
+    assert not (tmp_path / "none").exists()
+
+
 def test_places_that_do_not_exist_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no folder"):
         extract_slots(tmp_path / "nothing", Encoder(), tmp_path / "slots", **SILENT)
@@ -429,14 +463,18 @@ def test_videos_from_files_are_encoded_and_damaged_ones_named(tmp_path, caplog):
     (tmp_path / "clips" / "broken.mp4").write_bytes(b"nothing")
     (tmp_path / "clips" / "empty.mkv").write_bytes(b"")
     np.save(tmp_path / "clips" / "one.npy", array[:1])
+    (tmp_path / "clips" / "pictures").mkdir()
+    (tmp_path / "clips" / "pictures" / "0.png").write_bytes(b"nothing")
     folder = extract_slots(tmp_path / "clips", Encoder(), tmp_path / "slots", **SILENT)
     found = {row["episode_id"]: row["slots"] for row in read(folder)}
     assert list(found) == ["a", "b", "one"] and found["one"].shape == (1, N, D)
     np.testing.assert_allclose(found["a"], expected_slots({"frames": array}), atol=1e-4)
     assert load_slot_dataset(folder).metadata["fps"] is None  # not known of all
     (message,) = [r.getMessage() for r in caplog.records if "damaged" in r.message]
-    assert "2 damaged episodes of clips" in message and "'broken'" in message and "'empty'" in message
-    assert "2 damaged episodes were left out" in (folder / "README.md").read_text()
+    assert "3 damaged episodes of clips" in message
+    assert all(f"'{name}'" in message for name in ("broken", "empty", "pictures"))
+    assert "3 damaged episodes were left out" in (folder / "README.md").read_text()
+    assert str(tmp_path) not in (folder / METADATA_FILE).read_text()  # it may be published
     with pytest.raises(ValueError, match=r"'broken'.* is complete without them"):
         extract_slots(tmp_path / "clips", Encoder(), folder, strict=True, **SILENT)
 

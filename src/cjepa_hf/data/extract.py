@@ -76,7 +76,7 @@ def extract_slots(
         seed: with a video's name, makes the seed of everything random about that video.
         device: default: where a given model is; for a loaded model CUDA if there is one (each process its own).
         num_frames: stop each split after the video that reaches this many frames.
-        render_resolution: pixels per side of frames drawn from states.
+        render_resolution: pixels per side of frames drawn from states: that of the encoder's training.
         render_options: more arguments of the renderer, such as `{"goal_pose": None}`.
         source_revision, encoder_revision: branch, tag or commit on the Hub.
         frames_per_file: frames per Parquet file, which is also what an interruption can lose.
@@ -94,8 +94,9 @@ def extract_slots(
             content of the source or other weights are others too) than the interrupted run's, no video could be read,
             or `strict`.
     """
-    for name, value in (("batch_size", batch_size), ("num_videos", num_videos), ("frames_per_file", frames_per_file)):
-        if value < 1:
+    sizes = {"batch_size": batch_size, "num_videos": num_videos, "frames_per_file": frames_per_file}
+    for name, value in (sizes | {"num_frames": num_frames, "render_resolution": render_resolution}).items():
+        if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, it is {value}")
     opened = open_source(
         source,
@@ -105,6 +106,13 @@ def extract_slots(
         render_options=render_options,
     )
     model, image_processor, description = open_encoder(encoder, encoder_revision, image_processor, device)
+    if "render" in opened.metadata and render_resolution < (_image_size(model) or 0):
+        logger.warning(
+            "frames are drawn with %d pixels per side and enlarged to the %d that the encoder takes: give the "
+            "render_resolution that it was trained with",
+            render_resolution,
+            _image_size(model),
+        )
     num_readers = num_readers or min(os.cpu_count() or 1, 8)
     with ThreadPoolExecutor(num_readers) as pool:
         headers = {split: list(pool.map(_header, videos)) for split, videos in opened.splits.items()}
@@ -268,7 +276,9 @@ def _column_widths(splits: Iterable[Sequence[Video]]) -> dict[str, int] | None:
 def _episode(result: "Encoded", widths: dict[str, int]) -> dict:
     """What the writer takes; ValueError for a damaged video."""
     if result.error is not None:
-        raise ValueError(f"{type(result.error).__name__}: {result.error}") from result.error
+        reason, path = f"{type(result.error).__name__}: {result.error}", result.video.path
+        # a folder's name without its place: datasets are published
+        raise ValueError(reason.replace(f"{path.parent}{os.sep}", "") if path else reason) from result.error
     slots = np.concatenate(result.slots)
     check_lengths(result.columns, len(slots))
     found = {name: values.shape[1] for name, values in result.columns.items()}
@@ -531,13 +541,19 @@ def weights_hash(model: torch.nn.Module) -> str:
     return total.hexdigest()[:16]
 
 
+def _image_size(model) -> int | None:
+    """Pixels per side of the frames that a model takes, where its config says so."""
+    size = getattr(getattr(model, "config", None), "image_size", None)
+    return size if isinstance(size, int) else None
+
+
 def _pixel_values(frames: np.ndarray, image_processor: Callable | None, model: torch.nn.Module) -> torch.Tensor:
     """uint8 [T, H, W, 3] -> float [T, 3, H', W'] on the CPU."""
     if image_processor is not None:
         pixels = torch.as_tensor(image_processor(frames, return_tensors="pt")["pixel_values"])
         return pixels.reshape(-1, *pixels.shape[-3:])
-    size = getattr(getattr(model, "config", None), "image_size", None)
-    if isinstance(size, int) and frames.shape[1:3] != (size, size):
+    size = _image_size(model)
+    if size is not None and frames.shape[1:3] != (size, size):
         raise EncoderMismatch(
             f"frames are {frames.shape[1]} x {frames.shape[2]} pixels, the encoder takes {size} x {size}: pass its "
             f"image_processor, or render_resolution={size} if frames are drawn from states"
@@ -549,13 +565,17 @@ def _pixel_values(frames: np.ndarray, image_processor: Callable | None, model: t
 def _forward(model: torch.nn.Module, pixels: torch.Tensor, *, keep_masks: bool = False, **start) -> dict:
     """pixels [B, T, 3, H, W] -> numpy slots float32 [B, T, N, D], masks [B, T, N, H', W'] if kept, and the state."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    output = model(pixel_values=pixels.to(device), **start)
-    slots, masks = output.slots, getattr(output, "masks", None)
-    if slots.ndim != 4 or slots.shape[:2] != pixels.shape[:2]:
+    kind, want = type(model).__name__, f"slots [{pixels.shape[0]}, {pixels.shape[1]}, N, D]"
+    try:
+        output = model(pixel_values=pixels.to(device), **start)
+    except (TypeError, ValueError) as error:
         raise ValueError(
-            f"the encoder returned slots {tuple(slots.shape)} for pixel_values {tuple(pixels.shape)}; expected "
-            f"[{pixels.shape[0]}, {pixels.shape[1]}, N, D]"
-        )
+            f"{kind} does not take pixel_values {tuple(pixels.shape)} ({error}); expected an encoder that returns {want}"
+        ) from error
+    slots, masks = getattr(output, "slots", None), getattr(output, "masks", None)
+    if slots is None or slots.ndim != 4 or slots.shape[:2] != pixels.shape[:2]:
+        returned = "no slots" if slots is None else f"slots {tuple(slots.shape)}"
+        raise ValueError(f"the encoder returned {returned} for pixel_values {tuple(pixels.shape)}; expected {want}")
     if keep_masks and masks is None:
         raise ValueError(f"{type(model).__name__} returns no masks, which pictures of its slots need")
     return {
