@@ -211,6 +211,16 @@ def test_train_a_slot_encoder_on_collected_frames(root, tmp_path, capsys):
     assert "Slots in" in capsys.readouterr().out
 
 
+def test_extract_draws_frames_as_large_as_asked_for_slots_and_previews(root, episodes, tmp_path, capsys):
+    words = ["--encoder", root / "model", "--output-dir", tmp_path / "s", "--render-resolution", 96, "--preview", 1]
+    assert run("extract", episodes, *words, "--splits", "validation", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["source"]["render"]["resolution"] == 96
+    with Image.open(next((tmp_path / "s" / "preview").glob("*.png"))) as picture:
+        assert picture.width % (2 * 96) == 0  # twice the size, so that masks can be seen
+    words = ["--encoder", root / "model", "--output-dir", tmp_path / "other", "--frame-skip", 0]
+    assert "frame_skip must be an integer of at least 1" in fails(capsys, "extract", episodes, *words)
+
+
 def test_plan_prints_a_table_and_json_of_the_same_actions(root, capsys):
     words = ["plan", root / "start.png", root / "goal.png", "--model", root / "model", "--horizon", 1]
     words += ["--proprio", 200, 300, 0, 0]

@@ -104,6 +104,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--num-videos", type=int, default=8, help="per pass, encoders with memory (default: %(default)s)")
     sub.add_argument("--seed", type=int, default=0, help="of random initial slots (default: %(default)s)")
     sub.add_argument(
+        "--render-resolution", type=int, default=64, metavar="PX",
+        help="per side of frames drawn from states: as in the encoder's training (default: %(default)s)",
+    )  # fmt: skip
+    sub.add_argument(
         "--frames-per-file", type=int, default=4096, help="what an interruption can lose (default: %(default)s)"
     )
     sub.add_argument("--strict", action="store_true", help="end with an error if a damaged video was left out")
@@ -354,6 +358,7 @@ def extract(arguments, _) -> None:
         pictures = Path(arguments.output_dir) / "preview"
         split = arguments.splits[0] if arguments.splits else None
         shared = {"split": split, "seed": arguments.seed, "device": _device(arguments)}
+        shared["render_resolution"] = arguments.render_resolution
         seen = write_previews(arguments.source, arguments.encoder, pictures, num_videos=arguments.preview, **shared)
         if not arguments.json:
             _print_preview(seen, pictures)
@@ -363,10 +368,11 @@ def extract(arguments, _) -> None:
         arguments.output_dir,
         batch_size=arguments.batch_size,
         dtype=arguments.dtype,
-        frame_skip=arguments.frame_skip or 5,
+        frame_skip=5 if arguments.frame_skip is None else arguments.frame_skip,
         num_frames=arguments.num_frames,
         splits=arguments.splits,
         num_videos=arguments.num_videos,
+        render_resolution=arguments.render_resolution,
         seed=arguments.seed,
         frames_per_file=arguments.frames_per_file,
         strict=arguments.strict,
