@@ -20,6 +20,7 @@ from cjepa_hf.training.clips import (
     ClipTrainArguments,
     RandomPushT,
     VideoClips,
+    check_num_slots,
     clip_metrics,
     open_clips,
     random_motion,
@@ -175,6 +176,22 @@ def test_clips_of_random_push_t_are_a_function_of_seed_and_index_and_know_their_
     # agents are blue, and labelled 1
     agent = clip["frames"][clip["segments"] == 1].astype(int)
     assert (agent[:, 2] > agent[:, 0] + 60).mean() > 0.9
+
+
+def test_fewer_slots_than_objects_are_refused_before_training(tmp_path):
+    words = ["--num_slots", "2", "--output_dir", str(tmp_path / "run"), "--max_steps", "1", "--batch_size", "1"]
+    with pytest.raises(ValueError, match=r"num_slots=2 is fewer than the 3 objects .*give at least 4"):
+        train_savi(words)
+    check_num_slots(3, RandomPushT(1, 2, resolution=32, segments=True))
+    check_num_slots(1, RandomPushT(1, 2, resolution=32))  # not known
+    check_num_slots(1, None)
+
+
+def test_a_split_that_is_not_there_is_an_error_that_says_which_argument_names_it(tmp_path):
+    write_video(tmp_path / "a.mp4", 4)
+    args = ClipTrainArguments(output_dir="x", dataset=str(tmp_path), clip_length=2)
+    with pytest.raises(ValueError, match=r"no split \['validation'\]; it has \['train'\] .*--validation_split none"):
+        open_clips(args)
 
 
 def test_a_batch_holds_what_the_model_takes():

@@ -230,11 +230,27 @@ def open_clips(args: ClipTrainArguments):
             else RandomPushT(args.num_eval_clips, *shape, seed=2 * args.seed + 1, segments=True, **options),
         )
     splits = [args.train_split] + ([] if args.validation_split == "none" else [args.validation_split])
-    videos = open_source(args.dataset, splits=splits, render_resolution=args.render_resolution).splits
+    try:
+        videos = open_source(args.dataset, splits=splits, render_resolution=args.render_resolution).splits
+    except ValueError as error:
+        hint = " (--train_split and --validation_split name them; --validation_split none: no evaluation)"
+        raise ValueError(f"{error}{hint if 'has no split' in str(error) else ''}") from error
     clips = VideoClips(videos[args.train_split], *shape, flip=args.flip_probability)
     if args.validation_split == "none":
         return clips, None
     return clips, VideoClips(videos[args.validation_split], *shape, segments=True)
+
+
+def check_num_slots(num_slots: int, clips: VideoClips | RandomPushT | None) -> None:
+    """Raises ValueError if the first clip has true masks, and of more objects than there are slots."""
+    if clips is None or not clips.segments:
+        return
+    objects = len(np.setdiff1d(clips[0]["segments"], 0))
+    if num_slots < objects:
+        raise ValueError(
+            f"num_slots={num_slots} is fewer than the {objects} objects of the first evaluation clip: give at least "
+            f"{objects + 1}, one of them for the background"
+        )
 
 
 # --- objective and metrics -------------------------------------------------------------------------------------------
@@ -285,6 +301,7 @@ def train_on_clips(
     model, train_processor, saved_processor = build(args, overrides)
     with accelerator.main_process_first():
         clips, eval_clips = open_clips(args)
+    check_num_slots(model.config.num_slots, eval_clips)
 
     def files(result):
         results = training_results(
