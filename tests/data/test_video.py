@@ -196,7 +196,8 @@ def test_hdf5_of_stable_worldmodel(tmp_path, layout):
     assert len(open_videos(tmp_path)) == 2
 
 
-def test_webdataset_shards(tmp_path):
+@pytest.mark.parametrize("suffix", ["mkv", "webm"])  # `datasets` knows one of them for a video's
+def test_webdataset_shards(tmp_path, suffix):
     for shard, numbers in enumerate([(0, 1), (2,)]):
         (tmp_path / "train").mkdir(exist_ok=True)
         with tarfile.open(tmp_path / "train" / f"shard-{shard}.tar", "w") as tar:
@@ -204,13 +205,19 @@ def test_webdataset_shards(tmp_path):
                 data = write_video(tmp_path / "one.mkv", frames(number)).read_bytes()
                 actions = io.BytesIO()
                 np.save(actions, columns(number)["actions"])
-                for name, content in (("mkv", data), ("actions.npy", actions.getvalue())):
+                for name, content in ((suffix, data), ("actions.npy", actions.getvalue())):
                     entry = tarfile.TarInfo(f"clip{number}.{name}")
                     entry.size = len(content)
                     tar.addfile(entry, io.BytesIO(content))
     (tmp_path / "one.mkv").unlink()
     for number, video in itertools.zip_longest(range(3), open_videos(tmp_path)):
         check(video, f"clip{number}", frames(number), {"actions": columns(number)["actions"]})
+
+
+def test_an_empty_shard_is_named(tmp_path):
+    (tmp_path / "shard-0.tar").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"the shards \['shard-0.tar'\] cannot be read \(empty file"):
+        open_videos(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["pictures", "array", "video"])

@@ -33,6 +33,7 @@ import json
 import logging
 import os
 import re
+import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -660,10 +661,13 @@ def _hdf5_videos(path: Path) -> list[tuple[Path, Video]]:
 def _tar_videos(tars: list[Path], split: str) -> list[tuple[Path, Video]]:
     try:
         data = datasets.load_dataset("webdataset", data_files={split: [str(tar) for tar in tars]}, split=split)
-    except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:
+    except (datasets.exceptions.DatasetGenerationError, tarfile.TarError, OSError, ValueError) as error:
         raise ValueError(
             f"the shards {[tar.name for tar in tars[:3]]} cannot be read ({error.__cause__ or error})"
         ) from error
+    for name, feature in data.features.items():  # those whose ending `datasets` does not know for a video's
+        if f".{name.lower()}" in VIDEO_SUFFIXES and feature == datasets.Value("binary"):
+            data = data.cast_column(name, datasets.Video(decode=False))
     renamed = {name: name.removesuffix(".npy") for name in data.features if name.removesuffix(".npy") in _SIDECARS}
     data = data.rename_columns({old: new for old, new in renamed.items() if old != new}).rename_column(
         "__key__", "episode_id"
