@@ -19,7 +19,12 @@ from cjepa_hf.simulators.rendering import render_push_t
 
 REPOSITORY = Path(__file__).parents[2]
 PAGE = REPOSITORY / "docs" / "your_own_data.md"
-SMALLER = {"--max_steps 4000": "--max_steps 3 --num_eval_frames 20", "--max_steps 10000": "--max_steps 3"}
+SMALLER = {
+    "--max_steps 4000": "--max_steps 3 --num_eval_frames 20",
+    "--max_steps 400\n": "--max_steps 2 --eval_samples 2 --use_cpu\n",
+    "--output-dir runs/mine/savi_slots": "--output-dir runs/mine/savi_slots --num-frames 45",
+    "--max_steps 10000": "--max_steps 3",
+}
 
 
 def write_episodes(root, count=12, length=45):
@@ -96,6 +101,8 @@ def test_every_frame_has_slots(result):
     assert set(slots.columns) == {"slots", "actions", "proprio", "state"} and slots.metadata["skipped"] == []
     other = load_slot_dataset(root / "runs/mine/other_slots", "validation", cache_dir=str(root / "cache"))
     assert (other.num_slots, other.slot_size, other.episode_id(0)) == (16, 3, "011")
+    savi = load_slot_dataset(root / "runs/mine/savi_slots", "train", cache_dir=str(root / "cache"))
+    assert (savi.num_slots, savi.slot_size, savi.lengths.tolist()) == (4, 64, [45])
     with Image.open(root / "runs/mine/masks.png") as picture:
         assert picture.size == (6 * 64, 5 * 64)  # seen, drawn, four masks; frames 0, 10, ..., 40
 
