@@ -28,7 +28,7 @@ from cjepa_hf.simulators.push_t import random_states
 from cjepa_hf.simulators.rendering import render_push_t
 from cjepa_hf.training.color_isa import scene_statistics
 
-COMMANDS = ("demo", "collect", "extract", "train", "evaluate", "plan", "convert", "card", "publish")
+COMMANDS = ("demo", "collect", "extract", "probe", "train", "evaluate", "plan", "convert", "card", "publish")
 FAST = "--max_steps 2 --batch_size 4 --eval_every 0 --save_every 0 --use_cpu true"
 SMALL = "--num_hidden_layers 1 --num_attention_heads 2 --intermediate_size 32 --history_length 2"
 

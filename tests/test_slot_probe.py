@@ -55,6 +55,24 @@ def test_it_reads_presence_positions_and_attributes_of_new_slots(probe):
     torch.testing.assert_close(probe.empty_slot, slots[~present][0], atol=1e-4, rtol=0)
 
 
+def test_attributes_need_not_be_linear_in_slots():
+    generator = torch.Generator().manual_seed(0)
+    color, shapes = (torch.randint(2, (400,), generator=generator) for _ in range(2))
+    corner = torch.tensor([[[0.0, 0], [1, 0]], [[1, 1], [0, 1]]])[color, shapes]  # a color is a diagonal of a square
+    slots = torch.cat([corner, torch.randn(400, 2, generator=generator)], dim=1)
+    slots += 0.02 * torch.randn(slots.shape, generator=generator)
+    probe = SlotProbe.fit(
+        slots[:300],
+        present=torch.ones(300, dtype=torch.bool),
+        labels={"color": (color ^ shapes)[:300], "shape": shapes[:300]},
+        attributes={"color": ("red", "blue"), "shape": SHAPES},
+    )
+    scores = probe.scores(slots[300:])
+    assert torch.equal(scores["color"].argmax(-1), (color ^ shapes)[300:])
+    torch.testing.assert_close(scores["color"].sum(-1), torch.ones(100))
+    assert not probe.has_positions
+
+
 def test_objects_are_found_by_their_words(probe):
     present = torch.ones(5, 4, dtype=torch.bool)
     present[:, 3] = False
@@ -83,6 +101,10 @@ def test_it_survives_saving(probe, tmp_path):
 
 
 def test_bad_input_is_refused(probe):
+    with pytest.raises(ValueError, match="outside of the attributes"):
+        SlotProbe(torch.zeros(5, 3), None, {"a": ("x", "y")}, torch.tensor([[2]]), torch.zeros(5, 1))
+    with pytest.raises(ValueError, match=r"expected \(K, 1\) and \(5, K\)"):
+        SlotProbe(torch.zeros(5, 3), None, {"a": ("x", "y")}, torch.tensor([[1]]), torch.zeros(4, 1))
     with pytest.raises(ValueError, match="reads slots of size 12"):
         probe.positions(torch.zeros(3, 5))
     with pytest.raises(ValueError, match="no object to learn from"):

@@ -117,6 +117,15 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--push-to-hub", "--push_to_hub", metavar="OWNER/NAME", help="upload the finished dataset")
     _common(sub)
 
+    sub = command("probe", probe, "Fit what reads position, shape, color and material from slots of collision scenes.")
+    sub.add_argument("dataset", help="slots that `cjepa-hf extract SCENES` made (their states are read)")
+    sub.add_argument("--encoder", required=True, help="as for `cjepa-hf extract`")
+    sub.add_argument(
+        "--output-dir", required=True, help="folder for slot_probe.safetensors, such as the world model's"
+    )
+    sub.add_argument("--num-videos", type=int, default=300, help="of the split train (default: %(default)s)")
+    _common(sub)
+
     sub = command(
         "train", train, "Train a model; what follows its name is that training's own arguments.", add_help=False
     )
@@ -417,6 +426,23 @@ def _print_preview(seen: dict, folder: Path) -> None:
             f"  foreground ARI {seen['foreground_ari']:.3f}, {seen['switches_per_100_frames']:.1f} changes of slot per "
             f"100 frames (means over the videos with true masks)"
         )
+
+
+def probe(arguments, _) -> None:
+    from cjepa_hf.evaluation.object_slots import fit_object_probe
+
+    if arguments.num_videos < 1:
+        raise ValueError(f"--num-videos must be at least 1, got {arguments.num_videos}")
+    fitted, quality = fit_object_probe(
+        arguments.dataset, arguments.encoder, num_videos=arguments.num_videos, device=_device(arguments)
+    )
+    path = fitted.save_pretrained(arguments.output_dir)
+    if arguments.json:
+        print(json.dumps({"path": str(path), **quality}))
+        return
+    print(f"Wrote {path}. On {quality['num_test_videos']} videos of the split validation:")
+    for name, value in quality.items():
+        print(f"  {name:24} {value:.4g}" if isinstance(value, float) else f"  {name:24} {value}")
 
 
 def train(arguments, rest) -> None:

@@ -1,4 +1,4 @@
-"""A linear probe that reads position, presence and attributes of an object from its slot."""
+"""A probe that reads position, presence and attributes of an object from its slot."""
 
 import json
 import os
@@ -17,17 +17,17 @@ _MIN_FRAMES = 3  # an object seen in fewer is taken for noise
 
 class SlotProbe:
     """
-    Ridge regression from slots to what is known of their objects, fitted in closed form (no randomness). It is stored
-    beside a model (`slot_probe.safetensors`), and pipelines load it from there.
-
-    Anything with the same methods can take its place where a linear read-out is not enough.
+    What is known of objects, read from their slots: presence and position by ridge regression, attributes by linear
+    discriminant analysis over kinds of objects (values of all attributes together: one color may look different on every
+    shape). Fitted in closed form, without randomness. It is stored beside a model (`slot_probe.safetensors`), and pipelines
+    load it from there. Anything with the same methods can take its place.
 
     Attributes:
-        weight: float32 [D + 1, outputs]; the last row is the bias. Outputs: presence, x, y if positions were known, one
-            per value of every attribute.
+        weight: float32 [D + 1, outputs]; the last row is the bias. Outputs: presence, then x, y if positions were known.
         empty_slot: float32 [D], mean of the slots without object, or None if there were none.
         attributes: names of the values of each attribute.
-        has_positions: whether positions were fitted.
+        kinds: int64 [K, attributes], the kinds of objects that it has seen, by places in `attributes`.
+        kind_weight: float32 [D + 1, K], log likelihoods of the kinds up to a constant.
     """
 
     def __init__(
@@ -35,13 +35,26 @@ class SlotProbe:
         weight: torch.Tensor,
         empty_slot: torch.Tensor | None,
         attributes: Mapping[str, Sequence[str]],
-        has_positions: bool,
+        kinds: torch.Tensor,
+        kind_weight: torch.Tensor,
     ):
-        self.weight, self.empty_slot, self.has_positions = weight, empty_slot, has_positions
+        self.weight, self.empty_slot, self.kinds, self.kind_weight = weight, empty_slot, kinds, kind_weight
         self.attributes = {name: tuple(values) for name, values in attributes.items()}
-        outputs = 1 + 2 * has_positions + sum(map(len, self.attributes.values()))
-        if weight.ndim != 2 or weight.shape[1] != outputs:
-            raise ValueError(f"weight has shape {tuple(weight.shape)}: expected (D + 1, {outputs})")
+        if weight.ndim != 2 or weight.shape[1] not in (1, 3):
+            raise ValueError(f"weight has shape {tuple(weight.shape)}: expected (D + 1, 1) or (D + 1, 3)")
+        if kinds.ndim != 2 or kinds.shape[1] != len(self.attributes) or kind_weight.shape != (len(weight), len(kinds)):
+            raise ValueError(
+                f"kinds {tuple(kinds.shape)} and kind_weight {tuple(kind_weight.shape)}: expected "
+                f"(K, {len(self.attributes)}) and ({len(weight)}, K)"
+            )
+        sizes = torch.tensor([len(values) for values in self.attributes.values()], dtype=torch.long)
+        if kinds.numel() and (kinds.min() < 0 or bool((kinds >= sizes).any())):
+            raise ValueError(f"kinds names values outside of the attributes {self.attributes}")
+
+    @property
+    def has_positions(self) -> bool:
+        """Whether positions were fitted."""
+        return self.weight.shape[1] == 3
 
     @classmethod
     def fit(
@@ -74,20 +87,23 @@ class SlotProbe:
             raise ValueError("present is False everywhere: there is no object to learn from")
         x = slots.detach().double().cpu()
         present = present.cpu()
-        columns = [] if positions is None else [positions.double().cpu()]
+        columns = []
         for name, values in attributes.items():
             label = labels[name].long().cpu().where(present, 0)
             if label.shape != present.shape or label.min() < 0 or label.max() >= len(values):
                 raise ValueError(f"labels of {name!r} must be {len(present)} numbers from 0 to {len(values) - 1}")
-            columns.append(torch.nn.functional.one_hot(label, len(values)).double())
+            columns.append(label[present])
         parts = [_ridge(x, present.double()[:, None], ridge)]
-        if columns:
-            parts.append(_ridge(x[present], torch.cat(columns, dim=1)[present], ridge))
+        if positions is not None:
+            parts.append(_ridge(x[present], positions.double().cpu()[present], ridge))
         empty = x[~present].mean(0).float() if (~present).any() else None
-        return cls(torch.cat(parts, dim=1).float(), empty, attributes, positions is not None)
+        kinds, kind_weight = torch.zeros(0, 0, dtype=torch.long), x.new_zeros(x.shape[1] + 1, 0)
+        if columns:
+            kinds, kind_weight = _discriminants(x[present], torch.stack(columns, dim=1))
+        return cls(torch.cat(parts, dim=1).float(), empty, attributes, kinds, kind_weight.float())
 
-    def _read(self, slots: torch.Tensor) -> torch.Tensor:
-        weight = self.weight.to(slots.device)
+    def _read(self, slots: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        weight = weight.to(slots.device)
         if slots.shape[-1] != len(weight) - 1:
             raise ValueError(
                 f"slots have shape {tuple(slots.shape)}: this probe reads slots of size {len(weight) - 1}"
@@ -96,19 +112,22 @@ class SlotProbe:
 
     def present(self, slots: torch.Tensor) -> torch.Tensor:
         """Whether slots [..., D] hold an object, bool [...]."""
-        return self._read(slots)[..., 0] > 0.5
+        return self._read(slots, self.weight)[..., 0] > 0.5
 
     def positions(self, slots: torch.Tensor) -> torch.Tensor:
         """Where the objects of slots [..., D] are, [..., 2], in the unit of the fit."""
         if not self.has_positions:
             raise ValueError("this probe was fitted without positions")
-        return self._read(slots)[..., 1:3]
+        return self._read(slots, self.weight)[..., 1:]
 
     def scores(self, slots: torch.Tensor) -> dict[str, torch.Tensor]:
-        """For each attribute, how much slots [..., D] look like each of its values, [..., values]; about 0 to 1."""
-        sizes = [len(values) for values in self.attributes.values()]
-        parts = self._read(slots)[..., 1 + 2 * self.has_positions :].split(sizes, dim=-1)
-        return dict(zip(self.attributes, parts, strict=True))
+        """For each attribute, how likely each of its values is in slots [..., D] that hold an object, [..., values]."""
+        likely = self._read(slots, self.kind_weight).softmax(dim=-1)  # [..., K]
+        scores = {}
+        for column, (name, values) in zip(self.kinds.T.to(slots.device), self.attributes.items(), strict=True):
+            score = likely.new_zeros(*likely.shape[:-1], len(values))
+            scores[name] = score.index_add(-1, column, likely)
+        return scores
 
     def describe(self, slots: torch.Tensor) -> list[dict[str, str] | None]:
         """
@@ -154,10 +173,11 @@ class SlotProbe:
         """Write `slot_probe.safetensors` into a folder, usually that of the model. Returns its path."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {"weight": self.weight.cpu().contiguous()}
+        tensors = {"weight": self.weight, "kinds": self.kinds, "kind_weight": self.kind_weight}
         if self.empty_slot is not None:
-            tensors["empty_slot"] = self.empty_slot.cpu().contiguous()
-        metadata = {"attributes": json.dumps(self.attributes), "has_positions": json.dumps(self.has_positions)}
+            tensors["empty_slot"] = self.empty_slot
+        tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
+        metadata = {"attributes": json.dumps(self.attributes)}
         temporary = folder / f".{_FILE}.{os.getpid()}.tmp"
         try:
             save_file(tensors, temporary, metadata=metadata)
@@ -176,10 +196,25 @@ class SlotProbe:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             metadata = file.metadata() or {}
         try:
-            attributes, has_positions = json.loads(metadata["attributes"]), json.loads(metadata["has_positions"])
-            return cls(tensors["weight"], tensors.get("empty_slot"), attributes, has_positions)
+            attributes = json.loads(metadata["attributes"])
+            return cls(
+                tensors["weight"], tensors.get("empty_slot"), attributes, tensors["kinds"], tensors["kind_weight"]
+            )
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is no slot probe ({error!r})") from error
+
+
+def _discriminants(x: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Kinds int64 [K, attributes] in labels [n, attributes], and [D + 1, K] of their discriminants in slots x [n, D]."""
+    kinds, member = labels.unique(dim=0, return_inverse=True)
+    means = x.new_zeros(len(kinds), x.shape[1]).index_add_(0, member, x) / torch.bincount(member)[:, None]
+    rest = x - means[member]
+    within = rest.T @ rest / len(x)
+    # shrunk a little: slots may not use all their numbers
+    shrinkage = (1e-3 * x.var(dim=0, correction=0).mean()).clamp(min=1e-12)
+    within = within + shrinkage * torch.eye(len(within), dtype=x.dtype)
+    weight = torch.linalg.solve(within, means.T)  # [D, K]
+    return kinds, torch.cat([weight, -0.5 * (means.T * weight).sum(0, keepdim=True)])
 
 
 def _ridge(x: torch.Tensor, y: torch.Tensor, ridge: float) -> torch.Tensor:

@@ -28,6 +28,7 @@ from cjepa_hf.evaluation.protocols import cf_rollout_world, load_protocol, make_
 from cjepa_hf.imagination import Empty
 from cjepa_hf.models.aloe import AloeConfig, AloeForVideoQuestionAnswering, AloeProcessor
 from cjepa_hf.models.cjepa import CJepaConfig, CJepaModel
+from cjepa_hf.slot_probe import SlotProbe
 
 TEST, TRAIN, VALIDATION = 12, range(40, 90), range(90, 110)
 
@@ -234,6 +235,16 @@ def test_intervals_resample_videos_not_rows():
     expected = 1.96 * values.std() / np.sqrt(20)
     assert (result["high"] - result["low"]) / 2 == pytest.approx(expected, rel=0.2)
     assert interval(np.full(5, np.nan)) == {"value": None, "low": None, "high": None}
+
+
+def test_a_probe_is_fitted_and_measured_by_a_command(dataset, tmp_path, capsys):
+    words = ["probe", str(dataset), "--encoder", "state", "--output-dir", str(tmp_path / "probe"), "--json"]
+    assert main(words) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["missed"] == 0 and report["position_error_p90"] < 1e-3
+    assert SlotProbe.from_pretrained(tmp_path / "probe").has_positions
+    assert main([*words, "--num-videos", "0"]) == 2
+    assert "--num-videos must be at least 1" in capsys.readouterr().err
 
 
 def test_bad_arguments_are_named(dataset, tmp_path, capsys):

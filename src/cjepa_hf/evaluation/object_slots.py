@@ -7,9 +7,11 @@ import numpy as np
 import torch
 
 from ..data.extract import encode_videos, open_encoder
+from ..data.slots import load_slot_dataset
 from ..data.state_slots import empty_slot, state_slots
 from ..data.video import FrameVideo
 from ..models.cjepa.modeling_cjepa import solve_assignment
+from ..simulators.collisions import VISIBLE_FRAMES
 from ..simulators.rendering import (
     COLORS,
     MATERIALS,
@@ -171,6 +173,59 @@ class PixelSlots:
     def quality(self, slots: torch.Tensor, states: np.ndarray) -> dict[str, Any]:
         """How well matched slots [V, T, N, D] show the objects; see [`slot_quality`]."""
         return slot_quality(self.probe, slots, states)
+
+
+def dataset_states(dataset: str | os.PathLike, split: str, num_videos: int) -> np.ndarray:
+    """
+    States float32 [V, 128, 60] of the first videos of a slot dataset of collision scenes, without shorter videos.
+
+    Raises `ValueError` for a dataset without such states.
+    """
+    loaded = load_slot_dataset(dataset, split, check_values=False)
+    width = MAX_OBJECTS * len(OBJECT_STATE_NAMES)
+    if "state" not in loaded.columns:
+        raise ValueError(f"{loaded.name} has no column 'state': give slots that `cjepa-hf extract SCENES` made")
+    rows = loaded.data.select(range(min(num_videos, len(loaded)))).with_format("numpy", columns=["state"])["state"]
+    rows = [row[:VISIBLE_FRAMES] for row in rows if len(row) >= VISIBLE_FRAMES]
+    if not rows or rows[0].shape[1] != width:
+        raise ValueError(
+            f"{loaded.name} has no video of {VISIBLE_FRAMES} frames with states of {width} numbers, as collision scenes have"
+        )
+    return np.stack(rows)
+
+
+def fit_object_probe(
+    dataset: str | os.PathLike,
+    encoder: str | os.PathLike,
+    *,
+    num_videos: int = 300,
+    num_test_videos: int = 100,
+    device: str = "cpu",
+) -> tuple[SlotProbe, dict[str, Any]]:
+    """
+    A probe of collision scenes that tells where the object of a slot is and what it looks like, learned from true states.
+
+    Args:
+        dataset: slots that `cjepa-hf extract SCENES` made; only the column state is read, of the splits train and validation.
+        encoder: folder or Hub id of a slot encoder, or of a world model with one; "state" for true states as slots.
+
+    Returns:
+        the probe, and how well it reads the videos of the split validation: as `slot_quality`, and `objects`, the share of
+        objects that are described right in shape, color and material over their whole video.
+    """
+    train, test = dataset_states(dataset, "train", num_videos), dataset_states(dataset, "validation", num_test_videos)
+    source = StateSlots() if str(encoder) == "state" else PixelSlots(encoder, device=device)
+    probe = source.fit(train)
+    slots = source.slots(test)
+    right = []
+    _, in_view, kinds = object_truth(test)
+    for video, seen, truth in zip(slots, in_view, kinds, strict=True):
+        described = probe.describe(video)
+        for k in np.flatnonzero(seen.sum(0) >= 3):
+            names = {name: values[truth[k, column]] for column, (name, values) in enumerate(ATTRIBUTES.items())}
+            right.append(described[k] == names)
+    quality = slot_quality(probe, slots, test) | {"objects": float(np.mean(right)), "num_objects": len(right)}
+    return probe, {"encoder": source.name, "num_videos": len(train), "num_test_videos": len(test), **quality}
 
 
 def slot_quality(probe: SlotProbe, slots: torch.Tensor, states: np.ndarray) -> dict[str, float]:
