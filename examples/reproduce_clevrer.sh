@@ -37,8 +37,9 @@ for step in $steps; do
       ;;
     pixel_encoder) python "$here/train_crop_slots.py" --dataset "$out/videos" --output_dir "$out/pixel_encoder" ;;
     slots) cjepa-hf extract "$out/scenes" --encoder state --output-dir "$out/slots" ;;
-    # frames are drawn from the states of the same scenes
-    pixel_slots) cjepa-hf extract "$out/scenes" --encoder "$out/pixel_encoder" --output-dir "$out/pixel_slots" ;;
+    pixel_slots)  # frames are drawn from the states of the same scenes; 4,000 videos to train on
+      cjepa-hf extract "$out/scenes" --encoder "$out/pixel_encoder" --output-dir "$out/pixel_slots" --num-frames 512000
+      ;;
     *world_model)
       python "$here/train.py" "$here/collisions/world_model.yaml" --dataset "$out/$slots" "${pixels[@]}" \
         --output_dir "$out/$step" "${train[@]}"
