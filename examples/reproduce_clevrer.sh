@@ -12,7 +12,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 out=${1:-runs/collisions}
 shift || true
 steps=${*:-collect slots world_model oc_jepa aloe aloe_text_only evaluate answers pixel_collect pixel_encoder pixel_slots \
-  pixel_world_model pixel_oc_jepa pixel_aloe pixel_evaluate pixel_answers}
+  pixel_world_model pixel_probe pixel_oc_jepa pixel_aloe pixel_evaluate pixel_answers}
 seed=${SEED:-0}
 train=(--max_steps "${STEPS:-20000}" --seed "$seed")
 mkdir -p "$out"
@@ -39,6 +39,9 @@ for step in $steps; do
     slots) cjepa-hf extract "$out/scenes" --encoder state --output-dir "$out/slots" ;;
     pixel_slots)  # frames are drawn from the states of the same scenes; 4,000 videos to train on
       cjepa-hf extract "$out/scenes" --encoder "$out/pixel_encoder" --output-dir "$out/pixel_slots" --num-frames 512000
+      ;;
+    pixel_probe)  # with it, pipelines find the objects that questions name
+      cjepa-hf probe "$out/pixel_slots" --encoder "$out/pixel_encoder" --output-dir "$out/pixel_world_model"
       ;;
     *world_model)
       python "$here/train.py" "$here/collisions/world_model.yaml" --dataset "$out/$slots" "${pixels[@]}" \

@@ -63,6 +63,16 @@ def test_slot_attention_equals_the_recorded_one_and_its_gradients():
         close(gradients[name], gradient, 2e-5, 1e-4)
 
 
+def test_a_large_attention_eps_lets_every_slot_look_everywhere_alike():
+    torch.manual_seed(0)
+    values, slots = torch.randn(1, 25, 8), torch.randn(1, 3, 8)
+    module = SaviSlotAttention(input_size=8, slot_size=8, mlp_size=8, num_iterations=1, eps=1e6)
+    seen = []
+    module.gru.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    module(torch.randn(1, 25, 8), values, slots)
+    close(seen[0].detach(), values.mean(dim=1).expand(3, -1))
+
+
 def recorded_video(monkeypatch):
     """A small model with the recorded weights, which draws the recorded noise."""
     tensors = read("savi_video.safetensors")

@@ -324,6 +324,14 @@ def test_frames_that_are_not_square_are_squeezed_or_cropped_and_normalized_as_im
     assert squeezed[0, 0, 0] == pytest.approx(-0.485 / 0.229)
 
 
+def test_bicubic_overshoot_at_sharp_edges_is_cut_off():
+    frames = np.zeros((1, 20, 20, 3), np.uint8)
+    frames[:, :, 10:] = 255
+    options = dict(resample="bicubic", antialias=False, image_mean=(0, 0, 0), image_std=(1, 1, 1))
+    pixels = VideoSaurImageProcessor(size=16, **options)(frames, return_tensors="np")["pixel_values"]
+    assert pixels.min() == 0 and pixels.max() == 1
+
+
 def test_wrong_processor_settings_are_errors():
     for wrong in (dict(size=0), dict(resample="nearest"), dict(image_std=[1.0, 1.0, 0.0])):
         with pytest.raises(ValueError, match=next(iter(wrong))):
