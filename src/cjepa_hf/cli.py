@@ -104,8 +104,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--num-videos", type=int, default=8, help="per pass, encoders with memory (default: %(default)s)")
     sub.add_argument("--seed", type=int, default=0, help="of random initial slots (default: %(default)s)")
     sub.add_argument(
-        "--render-resolution", type=int, default=64, metavar="PX",
-        help="per side of frames drawn from states: as in the encoder's training (default: %(default)s)",
+        "--render-resolution", type=int, metavar="PX",
+        help="per side of frames drawn from states (default: what the encoder takes)",
     )  # fmt: skip
     sub.add_argument(
         "--frames-per-file", type=int, default=4096, help="what an interruption can lose (default: %(default)s)"

@@ -14,7 +14,7 @@ from datasets import Array2D, Array4D, Dataset, DatasetDict, Features, Image, Li
 from PIL import Image as PilImage
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
-from cjepa_hf.data.extract import extract_slots, open_encoder
+from cjepa_hf.data.extract import drawn_size, extract_slots, open_encoder
 from cjepa_hf.data.slots import METADATA_FILE, SlotWindows, load_slot_dataset
 from cjepa_hf.models.color_isa import ColorIsaConfig, ColorIsaImageProcessor, ColorIsaModel
 from cjepa_hf.models.videosaur import VideoSaurConfig, VideoSaurImageProcessor, VideoSaurModel
@@ -291,15 +291,29 @@ def test_frames_of_another_size_than_the_encoder_takes_are_refused(tmp_path):
         extract_slots(source, encoder, tmp_path / "slots", render_resolution=32, **SILENT)
 
 
-def test_frames_that_are_drawn_smaller_than_the_encoder_takes_them_are_not_enlarged_silently(tmp_path, caplog):
-    source, encoder = collected(tmp_path / "source", rows([6])), Encoder()
-    encoder.config = SimpleNamespace(image_size=96)
-    shown = {"image_processor": lambda frames, return_tensors: {"pixel_values": torch.zeros(len(frames), 3, 96, 96)}}
-    extract_slots(source, encoder, tmp_path / "enlarged", **shown, **SILENT)
-    assert "drawn with 64 pixels per side and enlarged to the 96" in caplog.text
-    caplog.clear()
-    extract_slots(source, encoder, tmp_path / "drawn", render_resolution=96, **shown, **SILENT)
-    assert "enlarged" not in caplog.text
+@pytest.mark.parametrize("size", [None, 64, 96])
+def test_frames_are_drawn_as_large_as_the_encoder_takes_them(tmp_path, size):
+    train = rows([6])
+    source, encoder = collected(tmp_path / "source", train), Encoder()
+    if size:
+        encoder.config = SimpleNamespace(image_size=size)
+    folder = extract_slots(source, encoder, tmp_path / "slots", **SILENT)
+    (row,) = read(folder)
+    np.testing.assert_allclose(row["slots"], expected_slots(train[0], size or 64), atol=1e-4)
+    assert json.loads((folder / METADATA_FILE).read_text())["source"]["render"]["resolution"] == (size or 64)
+    # what was drawn is what counts when it goes on, not how it was asked for
+    again = Encoder()
+    again.config = getattr(encoder, "config", None)
+    extract_slots(source, again, folder, render_resolution=size or 64, **SILENT)
+    assert not again.batches
+    with pytest.raises(FileExistsError, match="is a finished dataset"):
+        extract_slots(source, again, folder, render_resolution=32, **SILENT)
+
+
+def test_a_world_model_draws_what_its_encoder_takes():
+    encoder = SimpleNamespace(config=SimpleNamespace(image_size=48))
+    assert drawn_size(SimpleNamespace(slot_encoder=encoder, config=SimpleNamespace(image_size=8))) == 48
+    assert drawn_size(SimpleNamespace(slot_encoder=None)) == drawn_size(None) == 64
 
 
 def test_a_model_that_is_no_slot_encoder_is_named(tmp_path):

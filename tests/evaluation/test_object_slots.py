@@ -70,6 +70,16 @@ def test_slots_in_any_order_come_back_as_the_objects(states):
     assert quality["missed"] == 0 and quality["elsewhere"] < 0.02 and quality["attributes"] > 0.98
 
 
+def test_scenes_are_drawn_as_large_as_the_encoder_takes_them(states):
+    encoder, sizes = Shuffled(states), []
+    encoder.register_forward_pre_hook(
+        lambda _, words, named: sizes.append(named["pixel_values"].shape), with_kwargs=True
+    )
+    encoder.config.image_size = 24
+    PixelSlots(encoder).fit(states[:2])
+    assert set(sizes) == {(1, FRAMES, 3, 24, 24)}
+
+
 def test_what_an_encoder_misses_is_measured(states):
     source = StateSlots()
     probe, slots = source.fit(states), source.slots(states)

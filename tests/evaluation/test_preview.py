@@ -63,6 +63,25 @@ def test_pictures_and_numbers_are_written(tmp_path):
         assert picture.size == (8 * 48 * 4, 2 * 32 * 4)
 
 
+def test_scenes_are_drawn_as_large_as_the_encoder_takes_them_or_as_asked(tmp_path):
+    state = np.array([[100, 100, 300, 300, 0, 0, 0]] * 2, np.float32)
+    features = Features({"episode_id": Value("string"), "state": Array2D((None, 7), "float32")})
+    (tmp_path / "data").mkdir()
+    Dataset.from_dict({"episode_id": ["e"], "state": [state]}, features=features).to_parquet(
+        tmp_path / "data" / "train-00000-of-00001.parquet"
+    )
+    (tmp_path / "collection.json").write_text('{"simulator": "push_t"}')
+    model = Painter()
+    model.config = SimpleNamespace(image_size=96)
+    write_previews(tmp_path, model, tmp_path / "out")
+    with Image.open(tmp_path / "out" / "e.png") as picture:
+        assert picture.size == (2 * 2 * 96, 3 * 2 * 96)  # two frames, twice the size; frames, masks, true masks
+    model.config = None
+    write_previews(tmp_path, model, tmp_path / "other", render_resolution=128)
+    with Image.open(tmp_path / "other" / "e.png") as picture:
+        assert picture.size == (2 * 128, 3 * 128)
+
+
 def test_every_slot_has_a_color_of_its_own():
     labels = np.arange(6).reshape(1, 1, 6)
     drawn = overlay(np.full((1, 1, 6, 3), 100, np.uint8), labels)

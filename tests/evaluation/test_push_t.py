@@ -2,6 +2,7 @@
 
 from hashlib import sha256
 from importlib.resources import files
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -75,6 +76,27 @@ def test_the_true_simulator_as_model_solves_tasks_that_chance_does_not(protocol)
     )
     results = run_policy(policy, protocol, num_tasks=2, progress=False)
     assert results.success.all() and (results.plans >= 1).all() and results.seconds_per_plan > 0
+
+
+@pytest.mark.parametrize("size", [64, 96])
+def test_goals_and_frames_are_drawn_as_large_as_the_models_encoder_takes_them(protocol, size):
+    seen = []
+
+    class Still:
+        """A policy that does nothing and keeps what it sees."""
+
+        model = SimpleNamespace(slot_encoder=SimpleNamespace(config=SimpleNamespace(image_size=size)))
+        needs_observation, num_plans = True, np.zeros(2, int)
+
+        def reset(self, goal):
+            seen.append(goal["pixels"])
+
+        def act(self, observation, active):
+            seen.append(observation["pixels"])
+            return np.zeros((2, 2))
+
+    run_policy(Still(), protocol | {"budget": 1}, num_tasks=2, progress=False)
+    assert [pixels.shape for pixels in seen] == [(2, size, size, 3)] * 2
 
 
 def test_more_tasks_than_there_are_is_an_error(protocol):

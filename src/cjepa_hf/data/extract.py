@@ -45,7 +45,7 @@ def extract_slots(
     seed: int = 0,
     device: str | torch.device | None = None,
     num_frames: int | None = None,
-    render_resolution: int = 64,
+    render_resolution: int | None = None,
     render_options: Mapping | None = None,
     source_revision: str | None = None,
     encoder_revision: str | None = None,
@@ -76,7 +76,7 @@ def extract_slots(
         seed: with a video's name, makes the seed of everything random about that video.
         device: default: where a given model is; for a loaded model CUDA if there is one (each process its own).
         num_frames: stop each split after the video that reaches this many frames.
-        render_resolution: pixels per side of frames drawn from states: that of the encoder's training.
+        render_resolution: pixels per side of frames drawn from states; default: what the encoder takes.
         render_options: more arguments of the renderer, such as `{"goal_pose": None}`.
         source_revision, encoder_revision: branch, tag or commit on the Hub.
         frames_per_file: frames per Parquet file, which is also what an interruption can lose.
@@ -98,21 +98,14 @@ def extract_slots(
     for name, value in (sizes | {"num_frames": num_frames, "render_resolution": render_resolution}).items():
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, it is {value}")
+    model, image_processor, description = open_encoder(encoder, encoder_revision, image_processor, device)
     opened = open_source(
         source,
         splits=splits,
         revision=source_revision,
-        render_resolution=render_resolution,
+        render_resolution=render_resolution or drawn_size(model),
         render_options=render_options,
     )
-    model, image_processor, description = open_encoder(encoder, encoder_revision, image_processor, device)
-    if "render" in opened.metadata and render_resolution < (_image_size(model) or 0):
-        logger.warning(
-            "frames are drawn with %d pixels per side and enlarged to the %d that the encoder takes: give the "
-            "render_resolution that it was trained with",
-            render_resolution,
-            _image_size(model),
-        )
     num_readers = num_readers or min(os.cpu_count() or 1, 8)
     with ThreadPoolExecutor(num_readers) as pool:
         headers = {split: list(pool.map(_header, videos)) for split, videos in opened.splits.items()}
@@ -539,6 +532,14 @@ def weights_hash(model: torch.nn.Module) -> str:
         total.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
         total.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return total.hexdigest()[:16]
+
+
+def drawn_size(model) -> int:
+    """Pixels per side of frames drawn for an encoder, or a world model with one: what it takes; 64 where none is known.
+
+    The same for slots, previews and evaluations: a world model is judged on such frames as its slots come from.
+    """
+    return _image_size(getattr(model, "slot_encoder", model)) or 64
 
 
 def _image_size(model) -> int | None:

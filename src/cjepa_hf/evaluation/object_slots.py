@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..data.extract import encode_videos, open_encoder
+from ..data.extract import drawn_size, encode_videos, open_encoder
 from ..data.slots import load_slot_dataset
 from ..data.state_slots import empty_slot, state_slots
 from ..data.video import FrameVideo
@@ -105,17 +105,22 @@ class PixelSlots:
 
     Args:
         encoder: model, folder or Hub id, also of a world model that holds one.
-        resolution: of the frames that are drawn, pixels.
+        resolution: of the frames that are drawn, pixels; default: what the encoder takes.
     """
 
     def __init__(
-        self, encoder: torch.nn.Module | str | os.PathLike, *, device: str = "cpu", resolution: int = 64, seed: int = 0
+        self,
+        encoder: torch.nn.Module | str | os.PathLike,
+        *,
+        device: str = "cpu",
+        resolution: int | None = None,
+        seed: int = 0,
     ):
         self.model, self.processor, description = open_encoder(encoder, None, None, device)
         self.model.eval()
         self.name = description["name"]
         self.slot_size = self.model.config.slot_size
-        self.resolution, self.seed = resolution, seed
+        self.resolution, self.seed = resolution or drawn_size(self.model), seed
         self.probe: SlotProbe | None = None
 
     def _encode(self, states: np.ndarray, keep_masks: bool) -> tuple[torch.Tensor, torch.Tensor | None]:

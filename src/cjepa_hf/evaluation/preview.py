@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from cjepa_hf.data.extract import Encoded, encode_videos, open_encoder
+from cjepa_hf.data.extract import Encoded, drawn_size, encode_videos, open_encoder
 from cjepa_hf.data.video import Video, open_source
 
 from .metrics import foreground_ari, identity_switches
@@ -53,6 +53,7 @@ def write_previews(
     device: str | torch.device | None = None,
     batch_size: int = 64,
     seed: int = 0,
+    render_resolution: int | None = None,
     **source_arguments,
 ) -> dict:
     """
@@ -60,7 +61,7 @@ def write_previews(
     side) and `metrics.json` to `output_dir`. Where the true masks are known they are shown beside.
 
     Args:
-        source, encoder, image_processor, device, batch_size, seed: as [`extract_slots`].
+        source, encoder, image_processor, device, batch_size, seed, render_resolution: as [`extract_slots`].
         num_videos: evenly spaced over the split.
         num_frames: of each video.
         split: default: validation where it has that many videos, else the largest.
@@ -72,13 +73,14 @@ def write_previews(
     """
     if num_videos < 1 or num_frames < 1:
         raise ValueError(f"num_videos={num_videos} and num_frames={num_frames} must be at least 1")
+    model, image_processor, description = open_encoder(encoder, None, image_processor, device)
+    source_arguments["render_resolution"] = render_resolution or drawn_size(model)
     opened = open_source(source, splits=None if split is None else [split], **source_arguments)
     if split is None:
         enough = len(opened.splits.get("validation", ())) >= num_videos
         split = "validation" if enough else max(opened.splits, key=lambda name: len(opened.splits[name]))
     videos = opened.splits[split]
     chosen = [videos[i] for i in sorted({round(x) for x in np.linspace(0, len(videos) - 1, num_videos)})]
-    model, image_processor, description = open_encoder(encoder, None, image_processor, device)
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     result = {"source": opened.name, "split": split, "encoder": description, "videos": [], "skipped": []}

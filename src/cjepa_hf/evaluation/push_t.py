@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from cjepa_hf.data.extract import drawn_size
 from cjepa_hf.evaluation.metrics import success_rate
 from cjepa_hf.planning.mpc import MPCPolicy
 from cjepa_hf.planning.planners import CEMPlanner
@@ -65,7 +66,7 @@ def run_policy(
     *,
     num_tasks: int | None = None,
     use_proprio: bool = True,
-    resolution: int = 64,
+    resolution: int | None = None,
     style: str = "smooth",
     on_plan: Callable[[int, np.ndarray, MPCPolicy], None] | None = None,
     progress: bool = True,
@@ -75,9 +76,11 @@ def run_policy(
     `use_proprio`, the agent's current position and velocity.
 
     Args:
+        resolution: of the frames, pixels; default: what the slot encoder of the policy's model takes.
         on_plan: called after every planning with (step, states [n, 7], policy).
     """
     tasks = select_tasks(protocol, num_tasks)
+    resolution = resolution or drawn_size(policy.model)
     envs, goals = _reset(tasks, resolution, style, protocol["angle_rule"])
     policy.reset({"pixels": goals, "goal_state": tasks["goal_state"]})
     seconds = 0.0
