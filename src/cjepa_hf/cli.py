@@ -421,6 +421,9 @@ def _print_preview(seen: dict, folder: Path) -> None:
     print(f"Masks in {folder}: {len(seen['videos'])} of the split {seen['split']!r}")
     for one in seen["skipped"]:
         print(f"  {one['episode_id']} is damaged: {one['reason']}")
+    for one in seen["videos"]:
+        if "note" in one:
+            print(f"  {one['name']}: {one['note']}")
     if seen["foreground_ari"] is not None:
         print(
             f"  foreground ARI {seen['foreground_ari']:.3f}, {seen['switches_per_100_frames']:.1f} changes of slot per "

@@ -9,6 +9,7 @@ import torch
 from datasets import Array2D, Dataset, DatasetDict, Features, Value
 from PIL import Image
 
+from cjepa_hf.cli import _print_preview
 from cjepa_hf.data.video import open_videos
 from cjepa_hf.evaluation.preview import PALETTE, mask_metrics, overlay, slot_of_pixel, write_previews
 
@@ -61,6 +62,23 @@ def test_pictures_and_numbers_are_written(tmp_path):
     np.testing.assert_array_equal(*colors)  # the same slot, the same color
     with Image.open(tmp_path / "out" / "clip_1.png") as picture:
         assert picture.size == (8 * 48 * 4, 2 * 32 * 4)
+
+
+def test_more_objects_than_slots_are_noted(tmp_path, caplog, capsys):
+    clips(tmp_path)
+    true = np.load(tmp_path / "clip 0.segments.npy")
+    true[3, :2, :4] = np.arange(3, 7)  # objects 1 to 6 in one frame, 7 in another
+    true[5, 0, 0] = 7
+    np.save(tmp_path / "clip 0.segments.npy", true)
+    first, second = write_previews(tmp_path, Painter(), tmp_path / "out")["videos"]
+    assert first["note"].startswith("6 objects in one frame, and the encoder has 3 slots") and "note" not in second
+    assert f"clip 0: {first['note']}" in caplog.text
+    assert first == json.loads((tmp_path / "out" / "metrics.json").read_text())["videos"][0]
+    _print_preview(json.loads((tmp_path / "out" / "metrics.json").read_text()), tmp_path / "out")
+    assert f"  clip 0: {first['note']}\n" in capsys.readouterr().out
+    true[3, :2, :4] = 0
+    np.save(tmp_path / "clip 0.segments.npy", true)
+    assert not any("note" in row for row in write_previews(tmp_path, Painter(), tmp_path / "out")["videos"])
 
 
 def test_scenes_are_drawn_as_large_as_the_encoder_takes_them_or_as_asked(tmp_path):

@@ -1,6 +1,7 @@
 """Pictures of what a slot encoder sees: masks over the frames, and how well they fit where true masks exist."""
 
 import json
+import logging
 import os
 import re
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from cjepa_hf.data.video import Video, open_source
 from .metrics import foreground_ari, identity_switches
 
 __all__ = ["mask_metrics", "overlay", "write_previews"]
+
+logger = logging.getLogger(__name__)
 
 # One color per slot, the same in every frame and every video; after them the colors repeat.
 PALETTE = np.array(
@@ -68,8 +71,9 @@ def write_previews(
         source_arguments: of [`open_source`].
 
     Returns:
-        The content of `metrics.json`: `videos` (see [`mask_metrics`]), the damaged ones under `skipped`, and means over
-        the videos that have true masks.
+        The content of `metrics.json`: `videos` (see [`mask_metrics`]; with a `note`, also logged, where a frame has more
+        objects than the encoder has slots), the damaged ones under `skipped`, and means over the videos that have true
+        masks.
     """
     if num_videos < 1 or num_frames < 1:
         raise ValueError(f"num_videos={num_videos} and num_frames={num_frames} must be at least 1")
@@ -104,13 +108,21 @@ def _preview(video: Video, job: Encoded, folder: Path, num_frames: int) -> dict:
     if job.error is not None:
         raise ValueError(f"{type(job.error).__name__}: {job.error}") from job.error
     frames = video.frames(0, num_frames)
-    labels = slot_of_pixel(np.concatenate(job.masks), frames.shape[1:3])
+    masks = np.concatenate(job.masks)
+    labels = slot_of_pixel(masks, frames.shape[1:3])
     row = {"name": video.name, "frames": len(frames)}
     panels = [frames, overlay(frames, labels)]
     true = video.segments()
     if true is not None:
         true = true[: len(frames)]
         row |= mask_metrics(true, labels)
+        objects = max(len(np.setdiff1d(frame, 0)) for frame in true)
+        if objects > masks.shape[1]:
+            row["note"] = (
+                f"{objects} objects in one frame, and the encoder has {masks.shape[1]} slots: some must share one. Train "
+                f"an encoder with at least {objects + 1}, one of them for the background"
+            )
+            logger.warning("%s: %s", video.name, row["note"])
         panels.append(overlay(frames, true))
     scale = -(-_SMALLEST // min(frames.shape[1:3]))
     panels = [np.stack([_enlarged(frame, scale) for frame in panel]) for panel in panels]
