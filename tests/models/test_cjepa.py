@@ -174,6 +174,29 @@ def test_a_jump_tells_no_velocity():
         CJepaConfig(velocity_limit=0)
 
 
+def test_a_velocity_map_decides_what_goes_on_changing(tmp_path):
+    config = CJepaConfig(**(TINY | OURS | dict(residual_prediction="velocity", velocity_map=True)))
+    model = CJepaModel(config).eval()
+    torch.nn.init.zeros_(model.predictor.head.bias)
+    slots = torch.randn(2, 3, 4, 32)
+    inputs = window() | {"slots": slots}
+    inputs = {name: None if value is None else value[:2] for name, value in inputs.items()}
+    moved = slots[:, 2] - slots[:, 1]
+    with torch.no_grad():
+        torch.testing.assert_close(model.predict(**inputs)[:, 0], slots[:, 2] + moved)  # the identity at first
+        model.predictor.velocity_map.weight[16:] = 0
+        moved[..., 16:] = 0
+        torch.testing.assert_close(model.predict(**inputs)[:, 0], slots[:, 2] + moved)
+        hidden = model(**inputs, slot_mask=torch.zeros(2, 3, 4, dtype=torch.bool)).predicted_slots[:, 3]
+        torch.testing.assert_close(hidden, slots[:, 2] + moved)
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(
+        CJepaModel.from_pretrained(tmp_path).predictor.velocity_map.weight, model.predictor.velocity_map.weight
+    )
+    with pytest.raises(ValueError, match='velocity_map needs residual_prediction="velocity"'):
+        CJepaConfig(velocity_map=True)
+
+
 @pytest.mark.parametrize("flags", [{}, OURS, OURS | dict(residual_prediction="velocity", velocity_limit=0.3)])
 def test_the_shortcut_for_future_frames_equals_the_full_forward(flags):
     model = tiny(**flags)

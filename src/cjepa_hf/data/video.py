@@ -29,6 +29,7 @@ that says so. A video of a single frame is a video.
 import contextlib
 import hashlib
 import io
+import itertools
 import json
 import logging
 import os
@@ -39,6 +40,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import datasets
 import numpy as np
@@ -74,9 +76,11 @@ class Video:
         name: unique in its split.
         path: the file or folder that holds it, None for a row of a dataset.
         fps: frames per second, None if unknown.
+        counted: frames that there really are, once a file was read to its end.
     """
 
     fps: float | None = None
+    counted: int | None = None
 
     def __init__(
         self,
@@ -123,7 +127,7 @@ class Video:
             raise ValueError("it has no frames" if start == 0 else f"it has no frame {start}")
 
     def frames(self, start: int = 0, stop: int | None = None, stride: int = 1) -> np.ndarray:
-        """Frames as one array, uint8 [T, H, W, 3] RGB. Files are decoded from their beginning."""
+        """Frames as one array, uint8 [T, H, W, 3] RGB. Files are decoded from the last key frame that allows it."""
         return np.concatenate(list(self.chunks(64, start, stop, stride)))
 
     def columns(self) -> dict[str, np.ndarray]:
@@ -146,6 +150,7 @@ class VideoFile(Video):
     def __init__(self, source: Path | Callable[[], bytes], name: str, **arguments):
         super().__init__(name, path=source if isinstance(source, Path) else None, **arguments)
         self._source = source
+        self._index: _Index | None = _Index(np.zeros(0, np.int64), np.zeros(0, np.int64), False)  # None: of no use
 
     def _open(self):
         av = _import("av", "video")
@@ -178,11 +183,35 @@ class VideoFile(Video):
         return self._header[1]
 
     def _read(self, size, start, stop, stride):
-        from av.error import FFmpegError
         from av.video.reformatter import VideoReformatter
 
         # Shared by all frames: a converter of its own for every frame takes more time than decoding it.
-        converter, block, decoded, packets, end = VideoReformatter(), [], 0, 0, 0
+        converter, block = VideoReformatter(), []
+        for number, frame in enumerate(self._frames(start, stop)):
+            if number % stride == 0:
+                block.append(_decoded(frame, converter))
+                if len(block) == size:
+                    yield block
+                    block = []
+        if block:
+            yield block
+
+    def _frames(self, start: int, stop: int | None) -> Iterator:
+        """The decoded frames from `start` on, from a key frame before it where that gives exactly the same."""
+        place = self._key_frame(start, stop) if start and stop is not None else None
+        if place is not None:
+            for frame in self._from_key_frame(place, start, stop):
+                yield frame
+                start += 1
+            if start == stop:
+                return
+            self._index = None  # the file is not what its packets say
+        yield from itertools.islice(self._from_beginning(stop), start, None)
+
+    def _from_beginning(self, stop: int | None) -> Iterator:
+        from av.error import FFmpegError
+
+        decoded, packets, end = 0, 0, 0
         with self._open() as container:
             stream = container.streams.video[0]
             announced = _announced_seconds(container, stream)
@@ -193,15 +222,9 @@ class VideoFile(Video):
                     for frame in packet.decode():
                         if frame.is_corrupt:
                             raise ValueError(f"frame {decoded} is damaged")
-                        if decoded >= start and (decoded - start) % stride == 0:
-                            block.append(_decoded(frame, converter))
-                            if len(block) == size:
-                                yield block
-                                block = []
+                        yield frame
                         decoded += 1
                         if stop is not None and decoded >= stop:
-                            if block:
-                                yield block
                             return
             except FFmpegError as error:
                 raise ValueError(f"the file is damaged after frame {decoded} ({error})") from error
@@ -210,8 +233,109 @@ class VideoFile(Video):
             seconds = float(end * stream.time_base)
             if announced is not None and seconds < announced - _LONGEST_FRAME:
                 raise ValueError(f"the file ends after {seconds:.2f} of {announced:.2f} seconds: it was cut off")
-        if block:
-            yield block
+        self.counted = decoded
+
+    def _key_frame(self, start: int, stop: int) -> int | None:
+        """When the last frame before `start` that can be decoded first is shown; None: read from the beginning."""
+        if self._index is not None and len(self._index.times) < stop and not self._index.whole:
+            with self._open() as container:
+                self._index = _read_index(container, max(stop, 2 * len(self._index.times)))
+        if self._index is None or len(self._index.times) < stop:
+            return None
+        place = np.searchsorted(self._index.keys, self._index.times[start], side="right") - 1
+        return int(self._index.keys[place]) if place > 0 else None
+
+    def _from_key_frame(self, place: int, start: int, stop: int) -> Iterator:
+        """The frames from `start` to `stop`, or fewer: only as long as their times are those of the index."""
+        from av.error import FFmpegError
+
+        times, keys, number = self._index.times, self._index.keys, None
+        with self._open() as container, contextlib.suppress(FFmpegError):
+            stream = container.streams.video[0]
+            container.seek(place, stream=stream)
+            for packet in container.demux(stream):
+                if number is None:  # the demuxer may choose an earlier key frame
+                    place = packet.pts
+                    if place is None or place > times[start] or place not in keys:
+                        return
+                    number = int(np.searchsorted(times, place))
+                for frame in packet.decode():
+                    if frame.pts is not None and frame.pts < place:
+                        continue  # shown before the key frame, though decoded after it
+                    is_key = frame.key_frame or frame.pts != place
+                    if frame.pts != times[number] or frame.is_corrupt or frame.interlaced_frame or not is_key:
+                        return
+                    if number >= start:
+                        yield frame
+                    number += 1
+                    if number == stop:
+                        return
+
+
+class _Index(NamedTuple):
+    """When the first frames are shown (all if `whole`), and which ones can be decoded first; in units of the stream."""
+
+    times: np.ndarray
+    keys: np.ndarray
+    whole: bool
+
+
+def _read_index(container, count: int) -> _Index | None:
+    """From the packets, which are not decoded, up to at least `count` frames. None where they do not tell which frame
+    is which: formats without times, codecs with packets that show no frame (VP8, MPEG-4) or a start in the middle."""
+    stream = container.streams.video[0]
+    codec, extradata = stream.codec_context.codec.canonical_name, stream.codec_context.extradata or b""
+    if codec not in _KEY_FRAMES or not {"matroska", "mov"} & set(container.format.name.split(",")):
+        return None
+    times, keys, whole = [], [], True
+    for packet in container.demux(stream):
+        if not packet.size:
+            continue
+        if packet.pts is None or packet.is_corrupt:
+            return None
+        if packet.is_keyframe and _KEY_FRAMES[codec](bytes(packet), extradata):
+            keys.append(packet.pts)
+        if not keys or packet.pts < keys[0]:
+            return None
+        if not packet.is_discard:  # by an edit list
+            times.append(packet.pts)
+        if len(times) == count:
+            last = max(times)
+        # frames are shown after they are decoded: those that follow are later than `last`
+        if len(times) > count and packet.dts is not None and packet.dts > last:
+            times, whole = [time for time in times if time < packet.dts], False
+            break
+    times = np.sort(np.array(times, np.int64))
+    return _Index(times, np.sort(np.array(keys, np.int64)), whole) if (np.diff(times) > 0).all() else None
+
+
+def _nal_type(data: bytes, size: int, shift: int, mask: int, last: int) -> int | None:
+    """Type of the first slice of a frame of H.264 or HEVC; `size` bytes say how long each of its units is."""
+    place = 0
+    while place + size < len(data):
+        kind = data[place + size] >> shift & mask
+        if kind <= last:  # others are parameters and messages
+            return kind
+        place += size + int.from_bytes(data[place : place + size])
+    return None
+
+
+def _key_h264(data: bytes, extradata: bytes) -> bool:
+    # not other I frames, which files call key frames too: what follows one may need what is before it
+    return extradata[:1] == b"\1" and _nal_type(data, (extradata[4] & 3) + 1, 0, 31, 5) == 5
+
+
+def _key_hevc(data: bytes, extradata: bytes) -> bool:
+    return extradata[:1] == b"\1" and 16 <= (_nal_type(data, (extradata[21] & 3) + 1, 1, 63, 31) or 0) <= 21
+
+
+# By codec: whether every frame that is shown after this one can be decoded without those before it.
+_KEY_FRAMES = {
+    "h264": _key_h264,
+    "hevc": _key_hevc,
+    "vp9": lambda data, _: not data[0] & 12,
+    "av1": lambda data, _: True,  # whether it is one, the decoder says
+}
 
 
 def _announced_seconds(container, stream) -> float | None:

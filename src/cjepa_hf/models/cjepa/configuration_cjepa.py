@@ -80,6 +80,9 @@ class CJepaConfig(PreTrainedConfig):
             from the state continued at constant velocity.
         velocity_limit (`float`, *optional*): Ours, with residual_prediction="velocity". A change between two frames whose
             root mean square is larger (slot units) is a jump, an object that enters or leaves, and tells no velocity.
+        velocity_map (`bool`, defaults to `False`): Ours, with residual_prediction="velocity". A learned linear map of the
+            velocity, at first the identity, for slots in which not everything that changes goes on changing: noise and
+            looks of an encoder's slots have no velocity, positions have.
         anchor (`"first"` or `"last_visible"`, defaults to `"first"`): Ours with "last_visible". Which visible frame of a
             slot identifies its hidden tokens.
         planning_window (`int`, *optional*): Ours. Frames the predictor sees at most when a plan is imagined,
@@ -125,6 +128,7 @@ class CJepaConfig(PreTrainedConfig):
     norm_first: bool = False
     residual_prediction: Literal["last", "velocity"] | None = None
     velocity_limit: float | int | None = None
+    velocity_map: bool = False
     anchor: Literal["first", "last_visible"] = "first"
     planning_window: int | None = None
 
@@ -220,6 +224,11 @@ class CJepaConfig(PreTrainedConfig):
             )
         if self.velocity_limit is not None and self.velocity_limit <= 0:
             raise ValueError(f"velocity_limit={self.velocity_limit} must be positive, or None for no limit.")
+        if self.velocity_map and self.residual_prediction != "velocity":
+            raise ValueError(
+                f'velocity_map needs residual_prediction="velocity", got {self.residual_prediction!r}: without it no velocity '
+                "is added."
+            )
         if self.huber_delta <= 0:
             raise ValueError(f"huber_delta={self.huber_delta} must be positive.")
 

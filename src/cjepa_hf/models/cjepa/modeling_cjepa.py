@@ -352,6 +352,7 @@ class CJepaPredictor(nn.Module):
             self.age_embedding = nn.Parameter(torch.zeros(config.history_length + config.prediction_length, size))
         if config.residual_prediction == "velocity":
             self.velocity_gain = nn.Parameter(torch.zeros(config.history_length + config.prediction_length))
+            self.velocity_map = nn.Linear(size, size, bias=False) if config.velocity_map else nn.Identity()
         self.layers = nn.ModuleList([CJepaLayer(config) for _ in range(config.num_hidden_layers)])
         self.norm = nn.LayerNorm(size, eps=config.layer_norm_eps)
         self.head = nn.Linear(size, size)
@@ -417,7 +418,7 @@ class CJepaPredictor(nn.Module):
             )
             if self.config.residual_prediction == "last" or steps == 1:
                 return last
-            velocity = self._without_jumps(tokens[:, -1:] - tokens[:, -2:-1])
+            velocity = self._velocity(tokens[:, -1:] - tokens[:, -2:-1])
             gain = self.velocity_gain[1 : horizon + 1, None, None] * velocity
             return torch.cat([last[:, :-horizon], last[:, -horizon:] + gain], dim=1)
         index = seen.unsqueeze(-1).expand(-1, -1, -1, tokens.shape[-1])
@@ -425,16 +426,16 @@ class CJepaPredictor(nn.Module):
         if self.config.residual_prediction == "velocity":
             # A velocity needs the frame before the last visible one to be visible too.
             known = ~hidden.gather(1, (seen - 1).clamp(min=0)) & (seen > 0)
-            velocity = self._without_jumps(base - tokens.gather(1, (index - 1).clamp(min=0))) * known.unsqueeze(-1)
+            velocity = self._velocity(base - tokens.gather(1, (index - 1).clamp(min=0))) * known.unsqueeze(-1)
             base = base + self.velocity_gain[frame[:, None] - seen].unsqueeze(-1) * velocity
         return base[:, steps:] if future_only else base
 
-    def _without_jumps(self, velocity):
-        """Zero where a token changed by more than velocity_limit: that change will not go on."""
+    def _velocity(self, change):
+        """What goes on of a change between two frames; nothing of one by more than velocity_limit."""
         limit = self.config.velocity_limit
-        if limit is None:
-            return velocity
-        return velocity * (velocity.square().mean(dim=-1, keepdim=True) <= limit**2)
+        if limit is not None:
+            change = change * (change.square().mean(dim=-1, keepdim=True) <= limit**2)
+        return self.velocity_map(change)
 
 
 # ---------------------------------------------------------------------------------------------------------- model
@@ -832,6 +833,9 @@ class CJepaModel(SlotWorldModel):
             if hasattr(module, "velocity_gain"):
                 ages = torch.arange(len(module.velocity_gain), dtype=torch.float32)
                 init.copy_(module.velocity_gain, ages.to(module.velocity_gain))
+                if self.config.velocity_map:
+                    init.eye_(module.velocity_map.weight)
+                    module.velocity_map.weight._is_hf_initialized = True
             if self.config.residual_prediction is not None:
                 # Starts as "nothing changes" (or constant velocity): the first step of training already predicts well.
                 init.zeros_(module.head.weight)
