@@ -2,9 +2,11 @@
 
 import io
 import itertools
+import re
 import shutil
 import struct
 import tarfile
+from fractions import Fraction
 
 import datasets
 import numpy as np
@@ -12,7 +14,7 @@ import pytest
 from datasets import Array2D, Array4D, Dataset, DatasetDict, Features, Image, List, Value
 from PIL import Image as PilImage
 
-from cjepa_hf.data.video import _rgb, open_source, open_videos
+from cjepa_hf.data.video import VideoFile, _rgb, open_source, open_videos
 
 av = pytest.importorskip("av")
 H, W, T = 16, 32, 5
@@ -38,12 +40,14 @@ def columns(seed=0, length=T):
     }
 
 
-def write_video(path, array, *, codec="ffv1", pixels="bgr0", options=None, fps=25):
+def write_video(path, array, *, codec="ffv1", pixels="bgr0", options=None, fps=25, gop=None):
     """Lossless unless asked otherwise."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w", options=options or {}) as container:
         stream = container.add_stream(codec, rate=fps)
         stream.height, stream.width, stream.pix_fmt = *array.shape[1:3], pixels
+        if gop:
+            stream.codec_context.gop_size = gop
         for frame in array:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format=pixels)))
         container.mux(stream.encode())
@@ -322,6 +326,151 @@ def test_a_matroska_file_that_was_cut_off_is_not_taken_for_a_shorter_video(tmp_p
     (video,) = open_videos(tmp_path / "b.mkv")
     with pytest.raises(ValueError, match=r"ends after 1\.\d\d of 2\.40 seconds: it was cut off"):
         video.frames()
+
+
+GROUPS = {"libx264": {"g": "6", "bf": "3"}, "libvpx-vp9": {"g": "6", "cpu-used": "5", "deadline": "realtime"}}
+GROUPS["libx265"] = {"x265-params": "keyint=6:log-level=none:pools=1"}
+
+
+def write_groups(path, codec="libx264", times=None, length=48, **options):
+    """A moving picture in groups of six frames, shown at `times` (ms)."""
+    if codec not in av.codecs_available:
+        pytest.skip(f"{codec} is not built in")
+    scene = frames(length=1)[0].repeat(4, axis=0).repeat(4, axis=1)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25, options=GROUPS.get(codec, {}) | options)
+        stream.height, stream.width, stream.pix_fmt = *scene.shape[:2], "yuv420p"
+        unit = stream.codec_context.time_base = Fraction(1, 1000 if times else 25)
+        for t in range(length):
+            frame = av.VideoFrame.from_ndarray(np.roll(scene, (2 * t, 3 * t), (0, 1)), format="rgb24")
+            frame.pts, frame.time_base = times[t] if times else t, unit
+            container.mux(stream.encode(frame.reformat(format="yuv420p")))
+        container.mux(stream.encode())
+    return path
+
+
+def trimmed(path, count):
+    """The edit list of an mp4 leaves out its first `count` frames."""
+    content = bytearray(path.read_bytes())
+    start, scale = content.index(b"elst") + 16, content.index(b"mdhd") + 16
+    ticks = struct.unpack(">I", content[scale : scale + 4])[0] * count // 25
+    struct.pack_into(">i", content, start, struct.unpack_from(">i", content, start)[0] + ticks)
+    path.write_bytes(content)
+    return path
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """Counts the frames that are decoded: the number in its first place."""
+    count = [0]
+
+    class Counting:
+        def __init__(self, of):
+            self.of = of
+
+        def __getattr__(self, name):
+            return getattr(self.of, name)
+
+        def __bytes__(self):
+            return bytes(self.of)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            return self.of.__exit__(*error)
+
+        def demux(self, stream):
+            return map(Counting, self.of.demux(stream))
+
+        def decode(self):
+            found = self.of.decode()
+            count[0] += len(found)
+            return found
+
+    opened = VideoFile._open
+    monkeypatch.setattr(VideoFile, "_open", lambda video: Counting(opened(video)))
+    return count
+
+
+IRREGULAR = np.cumsum([33, 40, 7, 400, 55, 33] * 8).tolist()
+LATE = [5000 + 40 * t for t in range(48)]
+
+
+@pytest.mark.parametrize(
+    "name, options, jumps",
+    [
+        ("a.mp4", {}, True),
+        ("a.mkv", {}, True),
+        ("a.webm", {"codec": "libvpx-vp9"}, True),
+        ("open.mp4", {"codec": "libx265"}, True),  # frames that are shown before the key frame they come after
+        ("irregular.mp4", {"times": IRREGULAR}, True),
+        ("irregular.mkv", {"times": IRREGULAR}, True),
+        ("irregular.webm", {"codec": "libvpx-vp9", "times": IRREGULAR}, True),
+        ("late.mp4", {"times": LATE}, True),
+        ("late.mkv", {"times": LATE}, True),
+        ("trim2.mp4", {}, True),  # within the first group
+        ("trim9.mp4", {}, True),  # of which the first group is no part
+        ("refresh.mp4", {"x264-params": "intra-refresh=1"}, False),  # its key frames are not whole
+        ("one.mp4", {"g": "99"}, False),
+        ("old.webm", {"codec": "libvpx", "g": "6"}, False),
+        ("a.avi", {}, False),  # without times
+    ],
+)
+def test_any_window_is_decoded_from_a_key_frame_and_equal_to_that_of_the_whole(
+    tmp_path, decoded, name, options, jumps
+):
+    path = write_groups(tmp_path / name, **options)
+    trim = int(re.sub(r"\D", "", name.removesuffix(".mp4")) or 0)
+    path = trimmed(path, trim) if trim else path
+    (video,) = open_videos(path)
+    whole = video.frames()
+    assert len(whole) == 48 - trim == video.counted
+    decoded[0], from_the_beginning = 0, 0
+    random = np.random.default_rng(0)
+    for _ in range(40):
+        count, stride = random.integers(1, 5), random.integers(1, 4)
+        start = random.integers(0, len(whole) - (count - 1) * stride)
+        stop = start + (count - 1) * stride + 1
+        if random.random() < 0.3:
+            (video,) = open_videos(path)  # which knows nothing yet
+        np.testing.assert_array_equal(video.frames(start, stop, stride), whole[start:stop:stride])
+        from_the_beginning += stop
+    assert (decoded[0] < 0.8 * from_the_beginning) if jumps else (decoded[0] >= from_the_beginning)
+
+
+def test_a_window_of_a_long_video_reads_no_more_than_it_needs(tmp_path, decoded):
+    (video,) = open_videos(write_groups(tmp_path / "a.mp4", length=120))
+    video.frames(60, 62)
+    assert decoded[0] <= 12 and 62 <= len(video._index.times) < 90  # one group, and packets up to it
+    with pytest.raises(ValueError, match="no frame 130"):
+        video.frames(130, 132)
+    assert video.frames(118, 140).shape[0] == 2 and video.counted == 120
+
+
+def test_windows_of_a_file_that_was_cut_off_are_those_before_the_cut(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (48, H, W, 3), dtype=np.uint8)
+    content = write_video(tmp_path / "a.mp4", noise, codec="libx264", pixels="yuv420p", gop=6,
+                          options={"movflags": "faststart"}).read_bytes()  # fmt: skip
+    whole = open_videos(tmp_path / "a.mp4")[0].frames()
+    (tmp_path / "a.mp4").write_bytes(content[: len(content) * 3 // 4])
+    (video,) = open_videos(tmp_path / "a.mp4")
+    np.testing.assert_array_equal(video.frames(14, 20), whole[14:20])
+    for start in (32, 40):
+        with pytest.raises(ValueError, match="damaged after frame 3|cut off"):
+            video.frames(start, start + 6)
+
+
+def test_a_file_whose_packets_lie_is_read_from_its_beginning(tmp_path):
+    path = write_groups(tmp_path / "a.mp4")
+    (video,) = open_videos(path)
+    whole = video.frames()
+    wrong = video._key_frame(20, 30) and video._index
+    for times in (wrong.times + (np.arange(len(wrong.times)) > 21), wrong.times + 1):
+        (video,) = open_videos(path)
+        video._index = wrong._replace(times=times)
+        np.testing.assert_array_equal(video.frames(20, 30), whole[20:30])
+        assert video._index is None
 
 
 def test_frames_of_a_turned_phone_are_upright(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import logging
 import tarfile
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -47,16 +48,21 @@ def video(name: str, length: int, *, broken: bool = False) -> FrameVideo:
     return FrameVideo(opener, length, name, segments=lambda: segments)
 
 
-def write_video(path: Path, length: int) -> Path:
-    """A gray ramp of 16 x 24 pixels."""
+def write_video(path: Path, length: int, times: list[int] | None = None) -> Path:
+    """A gray ramp of 16 x 24 pixels, shown at `times` (ms)."""
     av = pytest.importorskip("av")
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=10)
+        stream = container.add_stream("mpeg4", rate=25 if times else 10)
+        if times:
+            stream.codec_context.time_base = Fraction(1, 1000)
         stream.width, stream.height, stream.pix_fmt = 24, 16, "yuv420p"
         for t in range(length):
             frame = np.full((16, 24, 3), 20 * t, np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format="yuv420p")))
+            frame = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format="yuv420p")
+            if times:
+                frame.pts, frame.time_base = times[t], Fraction(1, 1000)
+            container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return path
 
@@ -69,6 +75,21 @@ def test_every_window_of_every_video_is_a_clip():
     assert [frames[:, 0, 1, 0].tolist() for frames in found] == [[0, 2, 4], [1, 3, 5], [2, 4, 6], [0, 2, 4]]
     with pytest.raises(ValueError, match=r"none of 2 videos has the 9 frames of a clip .*the longest has 7"):
         VideoClips([video("a", 7), video("b", 3)], clip_length=5, stride=2)
+
+
+def test_windows_are_of_frames_that_exist_where_a_file_announces_too_many(tmp_path, caplog):
+    # of 25 frames a second, with a long pause
+    write_video(tmp_path / "pause.mkv", 12, times=[*range(0, 400, 40), 1000, 2000])
+    (pause,) = open_videos(tmp_path)
+    assert len(pause) > 40
+    clips = VideoClips([pause], clip_length=3, stride=2)
+    starts = [int(clips[i]["frames"][0].mean() / 20 + 0.5) for i in range(len(clips))]
+    assert len(clips) > 36 and starts == [i % 8 for i in range(len(clips))] and not caplog.text
+    clips = VideoClips([pause, video("whole", 60)], clip_length=20)
+    assert clips[2]["frames"].shape == (20, 4, 6, 3) == clips[1]["frames"].shape
+    assert caplog.text.count("has 12, fewer than the 20 of a clip") == 1
+    with pytest.raises(ValueError, match="none of the 1 videos can be read: pause"):
+        VideoClips([pause], clip_length=20)[0]
 
 
 def test_flips_mirror_frames_and_masks_of_whole_clips():

@@ -228,8 +228,11 @@ class VideoFile(Video):
                             return
             except FFmpegError as error:
                 raise ValueError(f"the file is damaged after frame {decoded} ({error})") from error
-            if packets < stream.frames:
-                raise ValueError(f"the file ends after {packets} of {stream.frames} frames: it was cut off")
+            expected = stream.frames
+            if "mov" in container.format.name:  # where an edit list may leave out packets that the header counts
+                expected = min(expected, len(getattr(stream, "index_entries", ())) or expected)
+            if packets < expected:
+                raise ValueError(f"the file ends after {packets} of {expected} frames: it was cut off")
             seconds = float(end * stream.time_base)
             if announced is not None and seconds < announced - _LONGEST_FRAME:
                 raise ValueError(f"the file ends after {seconds:.2f} of {announced:.2f} seconds: it was cut off")
@@ -237,9 +240,12 @@ class VideoFile(Video):
 
     def _key_frame(self, start: int, stop: int) -> int | None:
         """When the last frame before `start` that can be decoded first is shown; None: read from the beginning."""
+        from av.error import FFmpegError
+
         if self._index is not None and len(self._index.times) < stop and not self._index.whole:
-            with self._open() as container:
-                self._index = _read_index(container, max(stop, 2 * len(self._index.times)))
+            count, self._index = max(stop, 2 * len(self._index.times)), None
+            with self._open() as container, contextlib.suppress(FFmpegError):
+                self._index = _read_index(container, count)
         if self._index is None or len(self._index.times) < stop:
             return None
         place = np.searchsorted(self._index.keys, self._index.times[start], side="right") - 1

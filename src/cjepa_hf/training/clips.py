@@ -124,10 +124,7 @@ class VideoClips(torch.utils.data.Dataset):
         for attempt in range(len(self.videos)):
             chosen = self.videos[(video + attempt) % len(self.videos)]
             with self._reported(chosen):
-                first = min(start, len(chosen) - self.span)
-                frames = chosen.frames(first, first + self.span, self.stride)
-                if len(frames) * self.stride < self.span:
-                    raise ValueError(f"it announced {len(chosen)} frames and ends before them")
+                first, frames = self._window(chosen, start)
                 clip = {"frames": frames}
                 if self.segments:
                     segments = chosen.segments()
@@ -136,6 +133,25 @@ class VideoClips(torch.utils.data.Dataset):
                     clip["segments"] = np.asarray(segments[first : first + self.span : self.stride], np.int64)
                 return _flipped(clip, self.flip)
         raise ValueError(f"none of the {len(self.videos)} videos can be read: " + ", ".join(sorted(self.damaged)[:5]))
+
+    def _window(self, video: Video, start: int) -> tuple[int, np.ndarray]:
+        """A window of `video` and its first frame: `start`, or one that exists where the video is shorter."""
+        counted = video.counted
+        length = len(video) if counted is None else counted
+        if length < self.span:
+            raise ValueError(
+                f"it announced {len(video)} frames and has {length}, fewer than the {self.span} of a clip"
+            )
+        first = start % (length - self.span + 1)
+        try:
+            frames = video.frames(first, first + self.span, self.stride)
+            if len(frames) * self.stride < self.span:
+                raise ValueError(f"it announced {length} frames and ends before them")
+        except ValueError:
+            if video.counted == counted:
+                raise
+            return self._window(video, start)  # a file that announces too many was read to its end, and counted
+        return first, frames
 
 
 class RandomPushT(torch.utils.data.Dataset):
