@@ -457,7 +457,7 @@ def test_windows_of_a_file_that_was_cut_off_are_those_before_the_cut(tmp_path):
     (video,) = open_videos(tmp_path / "a.mp4")
     np.testing.assert_array_equal(video.frames(14, 20), whole[14:20])
     for start in (32, 40):
-        with pytest.raises(ValueError, match="damaged after frame 3|cut off"):
+        with pytest.raises(ValueError, match=r"damaged after frame 3|cut off"):
             video.frames(start, start + 6)
 
 
