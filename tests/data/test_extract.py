@@ -339,6 +339,26 @@ def test_a_model_that_is_no_slot_encoder_is_named(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+def test_an_encoder_that_fails_at_once_leaves_the_folder_to_another(tmp_path, monkeypatch, caplog):
+    def dull():
+        encoder = Encoder()
+        encoder.after = lambda encoder, slots: slots if len(encoder.batches) < 3 else None
+        return encoder
+
+    source, output = collected(tmp_path / "source", rows([20, 21, 22])), tmp_path / "slots"
+    with pytest.raises(ValueError, match="returned no slots"):
+        extract_slots(source, dull(), output, batch_size=10, progress=False)
+    assert not list(output.iterdir())
+    with pytest.raises(ValueError, match="returned no slots"):
+        extract_slots(source, dull(), output, batch_size=10, progress=False, frames_per_file=1)
+    with pytest.raises(ValueError, match="made with other arguments"):  # a file is finished: nothing is lost
+        extract_slots(source, Encoder(), output, **SILENT)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="returned no slots"):
+        extract_slots(source, dull(), tmp_path / "two", batch_size=10, progress=False)
+    assert f"remove {tmp_path / 'two' / '.partial'} first" in caplog.text and (tmp_path / "two" / ".partial").is_dir()
+
+
 def test_places_that_do_not_exist_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no folder"):
         extract_slots(tmp_path / "nothing", Encoder(), tmp_path / "slots", **SILENT)

@@ -8,6 +8,7 @@ import itertools
 import json
 import logging
 import os
+import shutil
 import time
 import zlib
 from collections import deque
@@ -160,7 +161,7 @@ def extract_slots(
         (videos for _, _, videos in mine), model, image_processor, batch_size=batch_size, num_videos=num_videos,
         seed=seed, num_readers=num_readers, update=bar.update,
     )  # fmt: skip
-    with contextlib.closing(encoded):  # an interruption ends its threads
+    with contextlib.closing(encoded), _nothing_left(output_dir, world):  # an interruption ends the threads
         for results, (split, number, _) in zip(encoded, mine):
             episodes, damaged = [], []
             for result in results:
@@ -246,6 +247,21 @@ def _open_writer(output_dir: Path, rank: int, arguments: dict) -> SlotDatasetWri
     except OSError:
         if rank > 0 and is_finished():  # meanwhile
             return None
+        raise
+
+
+@contextlib.contextmanager
+def _nothing_left(output_dir: Path, world: int) -> Iterator[None]:
+    """An error before the first file leaves no mark, which would keep another encoder out of `output_dir`."""
+    partial = output_dir / PARTIAL_FOLDER
+    try:
+        yield
+    except BaseException:
+        if not any(partial.glob("*-[0-9]*.json")):
+            if world == 1:
+                shutil.rmtree(partial, ignore_errors=True)
+            else:  # the others may still write
+                logger.warning("to use %s with other arguments, remove %s first", output_dir, partial)
         raise
 
 
