@@ -25,8 +25,7 @@ for step in $steps; do
   if [[ $step == pixel_* ]]; then
     slots=pixel_slots
     # videos do not tell where contacts begin
-    # and what their slots show of looks changes without a velocity
-    pixels=(--slot_encoder "$out/pixel_encoder" --contact_share 0 --velocity_map true)
+    pixels=(--slot_encoder "$out/pixel_encoder" --contact_share 0)
   fi
   case $step in
     collect)
