@@ -330,6 +330,7 @@ def test_a_matroska_file_that_was_cut_off_is_not_taken_for_a_shorter_video(tmp_p
 
 GROUPS = {"libx264": {"g": "6", "bf": "3"}, "libvpx-vp9": {"g": "6", "cpu-used": "5", "deadline": "realtime"}}
 GROUPS["libx265"] = {"x265-params": "keyint=6:log-level=none:pools=1"}
+GROUPS["libsvtav1"] = {"preset": "12", "svtav1-params": "keyint=6"}
 
 
 def write_groups(path, codec="libx264", times=None, length=48, **options):
@@ -404,6 +405,7 @@ LATE = [5000 + 40 * t for t in range(48)]
         ("a.mkv", {}, True),
         ("a.webm", {"codec": "libvpx-vp9"}, True),
         ("open.mp4", {"codec": "libx265"}, True),  # frames that are shown before the key frame they come after
+        ("new.mkv", {"codec": "libsvtav1"}, True),
         ("irregular.mp4", {"times": IRREGULAR}, True),
         ("irregular.mkv", {"times": IRREGULAR}, True),
         ("irregular.webm", {"codec": "libvpx-vp9", "times": IRREGULAR}, True),
@@ -465,7 +467,7 @@ def test_a_file_whose_packets_lie_is_read_from_its_beginning(tmp_path):
     path = write_groups(tmp_path / "a.mp4")
     (video,) = open_videos(path)
     whole = video.frames()
-    wrong = video._key_frame(20, 30) and video._index
+    wrong = video._index_to(30)
     for times in (wrong.times + (np.arange(len(wrong.times)) > 21), wrong.times + 1):
         (video,) = open_videos(path)
         video._index = wrong._replace(times=times)

@@ -198,9 +198,9 @@ class VideoFile(Video):
 
     def _frames(self, start: int, stop: int | None) -> Iterator:
         """The decoded frames from `start` on, from a key frame before it where that gives exactly the same."""
-        place = self._key_frame(start, stop) if start and stop is not None else None
-        if place is not None:
-            for frame in self._from_key_frame(place, start, stop):
+        index = self._index_to(stop) if start and stop is not None else None
+        if index is not None and index.key_before(start) is not None:
+            for frame in self._from_key_frame(index, start, stop):
                 yield frame
                 start += 1
             if start == stop:
@@ -238,31 +238,30 @@ class VideoFile(Video):
                 raise ValueError(f"the file ends after {seconds:.2f} of {announced:.2f} seconds: it was cut off")
         self.counted = decoded
 
-    def _key_frame(self, start: int, stop: int) -> int | None:
-        """When the last frame before `start` that can be decoded first is shown; None: read from the beginning."""
+    def _index_to(self, stop: int) -> "_Index | None":
+        """An index of `stop` frames or more, None where there is none: it is read as far as it is needed, and kept."""
         from av.error import FFmpegError
 
-        if self._index is not None and len(self._index.times) < stop and not self._index.whole:
-            count, self._index = max(stop, 2 * len(self._index.times)), None
+        index = self._index
+        if index is not None and len(index.times) < stop and not index.whole:
+            count, index = max(stop, 2 * len(index.times)), None
             with self._open() as container, contextlib.suppress(FFmpegError):
-                self._index = _read_index(container, count)
-        if self._index is None or len(self._index.times) < stop:
-            return None
-        place = np.searchsorted(self._index.keys, self._index.times[start], side="right") - 1
-        return int(self._index.keys[place]) if place > 0 else None
+                index = _read_index(container, count)
+            self._index = index
+        return index if index is not None and len(index.times) >= stop else None
 
-    def _from_key_frame(self, place: int, start: int, stop: int) -> Iterator:
+    def _from_key_frame(self, index: "_Index", start: int, stop: int) -> Iterator:
         """The frames from `start` to `stop`, or fewer: only as long as their times are those of the index."""
         from av.error import FFmpegError
 
-        times, keys, number = self._index.times, self._index.keys, None
+        times, number = index.times, None
         with self._open() as container, contextlib.suppress(FFmpegError):
             stream = container.streams.video[0]
-            container.seek(place, stream=stream)
+            container.seek(index.key_before(start), stream=stream)
             for packet in container.demux(stream):
                 if number is None:  # the demuxer may choose an earlier key frame
                     place = packet.pts
-                    if place is None or place > times[start] or place not in keys:
+                    if place is None or place > times[start] or place not in index.keys:
                         return
                     number = int(np.searchsorted(times, place))
                 for frame in packet.decode():
@@ -284,6 +283,11 @@ class _Index(NamedTuple):
     times: np.ndarray
     keys: np.ndarray
     whole: bool
+
+    def key_before(self, frame: int) -> int | None:
+        """Time of the last key frame that is not after `frame`; None if it is the first, where every decoder begins."""
+        place = np.searchsorted(self.keys, self.times[frame], side="right") - 1
+        return int(self.keys[place]) if place > 0 else None
 
 
 def _read_index(container, count: int) -> _Index | None:
