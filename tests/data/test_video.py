@@ -414,6 +414,7 @@ LATE = [5000 + 40 * t for t in range(48)]
         ("trim2.mp4", {}, True),  # within the first group
         ("trim9.mp4", {}, True),  # of which the first group is no part
         ("refresh.mp4", {"x264-params": "intra-refresh=1"}, False),  # its key frames are not whole
+        ("between.mp4", {"x264-params": "open-gop=1:scenecut=0"}, False),  # H.264 does not say that they end a group
         ("one.mp4", {"g": "99"}, False),
         ("old.webm", {"codec": "libvpx", "g": "6"}, False),
         ("a.avi", {}, False),  # without times
