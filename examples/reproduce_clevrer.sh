@@ -25,7 +25,7 @@ for step in $steps; do
   if [[ $step == pixel_* ]]; then
     slots=pixel_slots
     # videos do not tell where contacts begin
-    pixels=(--slot_encoder "$out/pixel_encoder" --contact_share 0)
+    pixels=(--slot_encoder "$out/pixel_encoder" --contact_share 0 --turn_share 0.5)
   fi
   case $step in
     collect)

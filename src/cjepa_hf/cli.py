@@ -283,13 +283,14 @@ def _device(arguments) -> str:
 
 
 def _model(arguments) -> str:
-    from cjepa_hf import bundled_checkpoint
+    from cjepa_hf.checkpoints import bundled_checkpoint, bundled_names
 
-    model = arguments.model
-    if model is None:
-        return str(bundled_checkpoint("push_t"))
+    model = "push_t" if arguments.model is None else arguments.model
+    if model in bundled_names() and not (arguments.model and Path(model).is_dir()):
+        return str(bundled_checkpoint(model))
     if not Path(model).is_dir() and (model.count("/") != 1 or model.startswith((".", "/", "~"))):
-        raise FileNotFoundError(f"no folder {model}, and it is not a Hub id (owner/name) either")
+        shipped = " or ".join(bundled_names())
+        raise FileNotFoundError(f"no folder {model}, not a Hub id (owner/name) either, and {shipped} is what ships")
     return model
 
 

@@ -335,6 +335,33 @@ def test_windows_with_a_contact_ahead_are_repeated_to_their_share(folder, tmp_pa
     assert state["data_length"] == len(order)
 
 
+def test_windows_in_which_an_object_turns_are_repeated_to_their_share(tmp_path, monkeypatch):
+    def straight_but_once(index):
+        slots = np.zeros((40, 4, 16), np.float32)
+        slots[:, 0, 0] = np.arange(40) * 0.1
+        slots[:, 1, 1] = np.minimum(np.arange(40), 20) * 0.1  # stops at frame 20
+        slots[:, 2, 2:4] = [[0.5, 0.0]] * 15 + [[9.0, 1.0]] * 25  # an empty slot until an object appears
+        return {"episode_id": str(index), "slots": slots}
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    write_slot_dataset(tmp_path / "data", {"train": map(straight_but_once, range(2))}, frame_skip=2)
+    windows = SlotWindows(load_slot_dataset(tmp_path / "data"), 3, 1, 2)  # frames s, s+2, s+4 | s+6
+    empty = torch.zeros(16)
+    empty[2] = 0.5
+    order = cjepa.turn_order(windows, 3, 0.5, empty_slot=empty)
+    starts = windows.locate(order)[1]
+    turning = (starts + 4 <= 20) & (starts + 6 > 20) | (starts + 2 < 20) & (starts + 4 > 20)
+    repeated = np.bincount(order, minlength=len(windows)) > 1
+    assert set(windows.locate(np.flatnonzero(repeated))[1]) <= set(starts[turning])
+    assert sorted(order[: len(windows)]) == list(range(len(windows)))  # nothing is left out
+    assert np.isin(order, np.flatnonzero(repeated)).mean() == pytest.approx(0.5, abs=0.01)
+    blind = cjepa.turn_order(windows, 3, 0.5, empty_slot=empty, positions=lambda slots: slots[..., :1] * 0)
+    assert np.array_equal(blind, np.arange(len(windows)))  # nothing moves
+    for words in (["--turn_share", "1.0"], ["--turn_share", "0.5", "--contact_share", "0.5"]):
+        with pytest.raises(ValueError, match="turn_share"):
+            arguments(*words)
+
+
 def test_the_rollout_loss_compares_all_that_is_imagined_from_the_first_frame():
     model, batch = tiny_model(num_masked_slots=0).train(), batch_of(4)
     loss, terms = world_model_loss(model, arguments("--rollout_weight", "0.5"), STATISTICS)(model, batch)

@@ -3,16 +3,21 @@
 from importlib import resources
 from pathlib import Path
 
+_ROOT = Path(str(resources.files(__name__)))
+
+
+def bundled_names() -> list[str]:
+    """Names of the checkpoints that ship in the wheel."""
+    return sorted(path.parent.name for path in _ROOT.glob("*/config.json"))
+
 
 def bundled_checkpoint(name: str = "push_t") -> Path:
     """
     Folder of a checkpoint that ships in the wheel, for `from_pretrained`.
 
     "push_t": a C-JEPA world model of Push-T with its slot encoder and image processor (see its README.md).
+    "collisions": one of the collision world, which takes no actions, with its slot encoder, image processor and slot probe.
     """
-    root = Path(str(resources.files(__name__)))
-    folder = root / name
-    if not (folder / "config.json").is_file():
-        known = sorted(path.parent.name for path in root.glob("*/config.json"))
-        raise ValueError(f"no bundled checkpoint {name!r}; expected one of {known}.")
-    return folder
+    if name not in bundled_names():
+        raise ValueError(f"no bundled checkpoint {name!r}; expected one of {bundled_names()}.")
+    return _ROOT / name

@@ -43,6 +43,7 @@ class CJepaTrainArguments(TrainArguments):
         "history_crop_probability",
         "shortest_history",
         "contact_share",
+        "turn_share",
         "hold_absent",
         "mask_present",
         "slot_noise",
@@ -68,6 +69,12 @@ class CJepaTrainArguments(TrainArguments):
         default=0.0,
         help="Share of the windows in whose predicted part a contact begins, brought about by repeating them; 0: as they "
         "come. Needs the column contacts.",
+    )
+    turn_share: float = HfArg(
+        default=0.0,
+        help="Where contacts are not known: share of the windows in whose predicted part an object leaves its straight path, "
+        "brought about by repeating them, the tenth of all that leaves it furthest; 0: as they come. By the positions that "
+        "the slot encoder tells, else by whole slots.",
     )
     hold_absent: bool = HfArg(
         default=False,
@@ -110,8 +117,11 @@ class CJepaTrainArguments(TrainArguments):
             raise ValueError(f"slot_noise must be at least 0, got {self.slot_noise!r}")
         if not self.rollout_weight >= 0:
             raise ValueError(f"rollout_weight must be at least 0, got {self.rollout_weight!r}")
-        if not 0 <= self.contact_share < 1:
-            raise ValueError(f"contact_share must be in [0, 1), got {self.contact_share!r}")
+        for name in ("contact_share", "turn_share"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)!r}")
+        if self.contact_share and self.turn_share:
+            raise ValueError("give contact_share where contacts are known, else turn_share, not both")
         if self.shortest_history < 1:
             raise ValueError(f"shortest_history must be at least 1, got {self.shortest_history!r}")
         if self.eval_rollout_steps < 1:
@@ -145,8 +155,50 @@ def contact_order(windows: SlotWindows, history_length: int, share: float) -> np
     found = np.concatenate(found)
     if not len(found):
         raise ValueError(f"contact_share: no contact begins in the predicted part of any window of {dataset.name}")
-    missing = round(share / (1 - share) * (first - len(found))) - len(found)
-    return np.concatenate([np.arange(first), np.resize(found, max(missing, 0))])
+    return _with_repeated(found, first, share)
+
+
+@torch.no_grad()
+def turn_order(
+    windows: SlotWindows,
+    history_length: int,
+    share: float,
+    *,
+    positions: Callable[[Tensor], Tensor] | None = None,
+    empty_slot: Tensor | None = None,
+) -> np.ndarray:
+    """
+    Indices int64 of all windows, the tenth in whose predicted part an object leaves its straight path furthest repeated
+    until they are `share` of all: where contacts are not known, those are the windows that tell of them.
+
+    `positions` tells places [..., N, 2] of slots [..., N, D]; without, whole slots stand for them. A slot that is
+    `empty_slot` [D] in a frame has no path there.
+    """
+    dataset, skip = windows.dataset, windows.frame_skip
+    column = frame_columns(dataset.data, ["slots"])["slots"]
+    last = (history_length - 1) * skip
+    turns = []
+    for chunk, start, length in zip(column.chunk, column.first, column.length):
+        slots = torch.from_numpy(np.array(column.frames[chunk][start : start + length], dtype=np.float32))
+        there = torch.ones(slots.shape[:2], dtype=torch.bool)
+        if empty_slot is not None:
+            there = (slots - empty_slot.cpu()).square().mean(-1) > _EMPTY_TOLERANCE**2
+        place = slots if positions is None else positions(slots).cpu()
+        now = last + torch.arange(max(int(length) - windows.steps * skip + 1, 0))
+        velocity, seen = place[now] - place[now - skip], there[now] & there[now - skip]
+        furthest = torch.zeros(len(now))
+        for k in range(1, windows.steps - history_length + 1):
+            off = (place[now + k * skip] - place[now] - k * velocity).square().sum(-1).sqrt()  # [windows, N]
+            furthest = torch.maximum(furthest, off.where(seen & there[now + k * skip], 0.0).amax(dim=1))
+        turns.append(furthest.numpy())
+    turns = np.concatenate(turns)
+    return _with_repeated(np.flatnonzero(turns > np.quantile(turns, 0.9)), len(turns), share)
+
+
+def _with_repeated(found: np.ndarray, count: int, share: float) -> np.ndarray:
+    """All indices below `count`, those `found` repeated until they are `share` of what is returned."""
+    missing = round(share / (1 - share) * (count - len(found))) - len(found) if len(found) else 0
+    return np.concatenate([np.arange(count), np.resize(found, max(missing, 0))])
 
 
 def world_model_loss(
@@ -375,10 +427,14 @@ def train_world_model(
     empty = (train_slots.metadata.get("encoder") or {}).get("empty_slot")
     empty = None if empty is None else torch.tensor(empty, device=accelerator.device)
     data: Any = windows
-    if args.contact_share:
+    if args.contact_share or args.turn_share:
         if args.streaming:
-            raise ValueError("contact_share needs an indexable dataset: leave out streaming")
-        order = contact_order(windows, config.history_length, args.contact_share)
+            raise ValueError("contact_share and turn_share need an indexable dataset: leave out streaming")
+        if args.contact_share:
+            order = contact_order(windows, config.history_length, args.contact_share)
+        else:
+            positions = getattr(model.slot_encoder, "positions", None)
+            order = turn_order(windows, config.history_length, args.turn_share, positions=positions, empty_slot=empty)
         data = torch.utils.data.Subset(windows, order)
     rates = {"proprio_embedding": args.proprio_learning_rate} if args.proprio_learning_rate else None
     return train_and_save(
@@ -389,7 +445,7 @@ def train_world_model(
         args,
         lambda result: _files(model, processor, args, overrides, train_slots, statistics, result),
         accelerator,
-        collate=windows.collate if args.contact_share else None,
+        collate=windows.collate if data is not windows else None,
         metric_fn=world_model_metrics(model, steps, on_device),
         learning_rates=rates,
     )
