@@ -1,6 +1,6 @@
 """What a training run lowered its losses to, as json: from the files that every training writes into its folder.
 
-    python benchmarks/training_run.py runs/savi_small --output benchmarks/results/savi_push_t_small.json
+python benchmarks/training_run.py runs/savi_small --output benchmarks/results/savi_push_t_small.json
 """
 
 import argparse

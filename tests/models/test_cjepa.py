@@ -174,6 +174,13 @@ def test_a_jump_tells_no_velocity():
         CJepaConfig(velocity_limit=0)
 
 
+def test_the_time_embedding_starts_as_wide_as_asked():
+    assert tiny().predictor.time_embedding.std() == pytest.approx(1.0, rel=0.2)
+    assert tiny(time_initializer_range=0.1).predictor.time_embedding.std() == pytest.approx(0.1, rel=0.2)
+    with pytest.raises(ValueError, match="time_initializer_range=0 must be positive"):
+        CJepaConfig(time_initializer_range=0)
+
+
 def test_a_velocity_map_decides_what_goes_on_changing(tmp_path):
     config = CJepaConfig(**(TINY | OURS | dict(residual_prediction="velocity", velocity_map=True)))
     model = CJepaModel(config).eval()
