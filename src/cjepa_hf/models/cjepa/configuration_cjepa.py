@@ -79,7 +79,7 @@ class CJepaConfig(PreTrainedConfig):
         residual_prediction (`"last"`, `"velocity"` or `None`): Ours. Predict the change from the last visible state, or
             from the state continued at constant velocity.
         time_initializer_range (`float`, defaults to 1.0): Standard deviation that the time embedding starts with. The released
-            code's 1 drowns slots whose numbers are well below 1: 0.1 learns contacts where 1 does not.
+            code's 1 is several times as large as the numbers of some slots; less fits a training set faster there.
         velocity_limit (`float`, *optional*): Ours, with residual_prediction="velocity". A change between two frames whose
             root mean square is larger (slot units) is a jump, an object that enters or leaves, and tells no velocity.
         velocity_map (`bool`, defaults to `False`): Ours, with residual_prediction="velocity". A learned linear map of the
