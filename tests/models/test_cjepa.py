@@ -452,13 +452,19 @@ def test_autocast_leaves_attention_in_float32():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("head_dim", [1, 2, 3, 4, 8])
-def test_heads_are_moved_to_the_front_and_back_exactly(dtype, head_dim):
-    parts = torch.randn(2, 5, 3 * 4 * head_dim).to(dtype)
-    heads = _heads_first(parts, 4, head_dim)
+@pytest.mark.parametrize("gradients", [False, True])
+def test_heads_are_moved_to_the_front_and_back_exactly(dtype, head_dim, gradients):
+    parts = torch.randn(2, 5, 3 * 4 * head_dim).to(dtype).requires_grad_(gradients)
+    with torch.set_grad_enabled(gradients):
+        heads = _heads_first(parts, 4, head_dim)
+        back = _tokens_first(heads[2], 4)
+    if gradients:
+        (gradient,) = torch.autograd.grad(back.sum(), parts)
+        assert gradient.chunk(3, -1)[2].eq(1).all()
     torch.testing.assert_close(heads[1][6, 3], parts[1, 3, (4 + 2) * head_dim :][:head_dim], rtol=0, atol=0)
     expected = parts.unflatten(-1, (3, 4, head_dim)).permute(2, 0, 3, 1, 4).flatten(1, 2)
     torch.testing.assert_close(heads, expected, rtol=0, atol=0)
-    torch.testing.assert_close(_tokens_first(heads[2], 4), parts.chunk(3, -1)[2], rtol=0, atol=0)
+    torch.testing.assert_close(back, parts.chunk(3, -1)[2], rtol=0, atol=0)
 
 
 def test_bfloat16_inference_equals_bfloat16_with_gradients():

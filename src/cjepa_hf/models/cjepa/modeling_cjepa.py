@@ -209,24 +209,30 @@ def cpu_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, s
 _HEAD_TYPES = {2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 
 
+def _wide_type(x: torch.Tensor, head_dim: int) -> torch.dtype | None:
+    """A type to move heads of `x` in, or None: gradients do not pass through a view in another type."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    return _HEAD_TYPES.get(head_dim * x.element_size())
+
+
 def _heads_first(parts: torch.Tensor, num_heads: int, head_dim: int) -> torch.Tensor:
     """K tensors side by side, [B, L, K * num_heads * head_dim], as [K, B * num_heads, L, head_dim]."""
-    batch, length, dtype = *parts.shape[:2], parts.dtype
-    wide = _HEAD_TYPES.get(head_dim * parts.element_size())
-    if wide is None or parts.requires_grad or torch.compiler.is_compiling():
-        wide = dtype
-    parts = parts.view(wide).view(batch, length, -1, num_heads, head_dim if wide is dtype else 1)
-    return parts.permute(2, 0, 3, 1, 4).contiguous().view(dtype).flatten(1, 2)
+    batch, length, wide = *parts.shape[:2], _wide_type(parts, head_dim)
+    if wide is None:
+        return parts.view(batch, length, -1, num_heads, head_dim).permute(2, 0, 3, 1, 4).flatten(1, 2).contiguous()
+    heads = parts.view(wide).view(batch, length, -1, num_heads).permute(2, 0, 3, 1).contiguous()
+    return heads.view(parts.dtype).view(-1, batch * num_heads, length, head_dim)
 
 
 def _tokens_first(heads: torch.Tensor, num_heads: int) -> torch.Tensor:
     """[B * num_heads, L, head_dim] as [B, L, num_heads * head_dim]: undoes [`_heads_first`] of one tensor."""
-    dtype, head_dim = heads.dtype, heads.shape[-1]
-    wide = _HEAD_TYPES.get(head_dim * heads.element_size())
-    if wide is None or heads.requires_grad or torch.compiler.is_compiling():
-        wide = dtype
-    heads = heads.view(wide).unflatten(0, (-1, num_heads))
-    return heads.transpose(1, 2).contiguous().view(dtype).flatten(2)
+    length, head_dim = heads.shape[1:]
+    wide = _wide_type(heads, head_dim)
+    if wide is None:
+        return heads.unflatten(0, (-1, num_heads)).transpose(1, 2).flatten(2)
+    tokens = heads.contiguous().view(wide).view(-1, num_heads, length).transpose(1, 2).contiguous()
+    return tokens.view(heads.dtype)
 
 
 def _small_exponents(scores: torch.Tensor) -> bool:
