@@ -78,8 +78,6 @@ class CJepaConfig(PreTrainedConfig):
         norm_first (`bool`, defaults to `False`): Ours. LayerNorm before attention (the released code has none there).
         residual_prediction (`"last"`, `"velocity"` or `None`): Ours. Predict the change from the last visible state, or
             from the state continued at constant velocity.
-        time_initializer_range (`float`, defaults to 1.0): Standard deviation that the time embedding starts with. The released
-            code's 1 is several times as large as the numbers of some slots; less fits a training set faster there.
         velocity_limit (`float`, *optional*): Ours, with residual_prediction="velocity". A change between two frames whose
             root mean square is larger (slot units) is a jump, an object that enters or leaves, and tells no velocity.
         velocity_map (`bool`, defaults to `False`): Ours, with residual_prediction="velocity". A learned linear map of the
@@ -129,7 +127,6 @@ class CJepaConfig(PreTrainedConfig):
 
     norm_first: bool = False
     residual_prediction: Literal["last", "velocity"] | None = None
-    time_initializer_range: float | int = 1.0
     velocity_limit: float | int | None = None
     velocity_map: bool = False
     anchor: Literal["first", "last_visible"] = "first"
@@ -227,8 +224,6 @@ class CJepaConfig(PreTrainedConfig):
             )
         if self.velocity_limit is not None and self.velocity_limit <= 0:
             raise ValueError(f"velocity_limit={self.velocity_limit} must be positive, or None for no limit.")
-        if self.time_initializer_range <= 0:
-            raise ValueError(f"time_initializer_range={self.time_initializer_range} must be positive.")
         if self.velocity_map and self.residual_prediction != "velocity":
             raise ValueError(
                 f'velocity_map needs residual_prediction="velocity", got {self.residual_prediction!r}: without it no velocity '

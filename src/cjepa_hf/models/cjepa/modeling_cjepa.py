@@ -833,7 +833,7 @@ class CJepaModel(SlotWorldModel):
         super()._init_weights(module)
         if isinstance(module, CJepaPredictor):
             init.trunc_normal_(module.mask_token, std=0.02)
-            init.normal_(module.time_embedding, std=self.config.time_initializer_range)
+            init.normal_(module.time_embedding, std=1.0)
             if hasattr(module, "age_embedding"):
                 init.zeros_(module.age_embedding)
             if hasattr(module, "velocity_gain"):
