@@ -497,9 +497,8 @@ def open_encoder(encoder, revision, image_processor, device) -> tuple[torch.nn.M
         model, name = encoder, getattr(getattr(encoder, "config", None), "name_or_path", "") or type(encoder).__name__
     else:
         name = str(encoder)
-        if not Path(
-            name
-        ).is_dir():  # one commit, recorded below, for the weights and the processor, whatever is pushed
+        if not Path(name).is_dir():
+            # one commit, recorded below, for the weights and the processor, whatever is pushed meanwhile
             commit = extract_commit_hash(cached_file(name, "config.json", revision=revision), None) or revision
             revision = commit
         # Slots are data: full precision, whatever the checkpoint was saved in. Pickled weights are refused.

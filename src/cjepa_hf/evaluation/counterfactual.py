@@ -25,7 +25,7 @@ from ..simulators.rendering import MAX_OBJECTS, OBJECT_RADIUS, SHAPES, VIEW_SIZE
 from ..slot_probe import SlotProbe
 from .contacts import ContactReadout, best_threshold, event_counts
 from .metrics import success_rate
-from .object_slots import PixelSlots, StateSlots
+from .object_slots import PixelSlots, StateSlots, dataset_scenes
 from .protocols import cf_rollout_world, load_protocol, measured_on
 
 NEVER = 10_000  # frame of what does not happen
@@ -114,22 +114,6 @@ def simulate_protocol(protocol: Mapping[str, Any], num_scenes: int | None = None
     scene, gone, contact, wrong, states, positions, in_view, meetings, unsure = map(np.array, zip(*rows))
     removals = Removals(scene, gone, contact, wrong, states, positions, in_view, meetings, unsure, questions)
     return Scenes(*map(np.stack, zip(*videos))), removals
-
-
-def dataset_scenes(dataset: str, split: str, num_videos: int) -> tuple[np.ndarray, np.ndarray]:
-    """States float32 [V, 128, 60] and contacts bool [V, 128, 15] of the first videos of a slot dataset."""
-    loaded = load_slot_dataset(dataset, split, check_values=False)
-    for column in ("state", "contacts"):
-        if column not in loaded.columns:
-            raise ValueError(
-                f"{loaded.name} has no column {column!r}: give slots that `cjepa-hf extract SCENES --encoder state` made"
-            )
-    data = loaded.data.select(range(min(num_videos, len(loaded)))).with_format("numpy")
-    rows = [(row["state"][:VIDEO_FRAMES], row["contacts"][:VIDEO_FRAMES]) for row in data]
-    rows = [row for row in rows if len(row[0]) == VIDEO_FRAMES]
-    if not rows:
-        raise ValueError(f"{loaded.name} has no video of {VIDEO_FRAMES} frames")
-    return tuple(np.stack(part) for part in zip(*rows))
 
 
 # ------------------------------------------------------------------------------------------------------------- paths
@@ -483,11 +467,11 @@ def evaluate_cf_rollout(
     bootstrap = VideoBootstrap(len(scenes.states))
 
     # what reads positions from slots, and contacts from paths, learns from videos of the training split
-    states, contacts = dataset_scenes(dataset, "train", num_training_videos)
+    states, contacts = dataset_scenes(dataset, "train", num_training_videos, ("state", "contacts"))
     probe = source.fit(states, progress=progress)
     slots = source.slots(states, progress=progress)
     readout, num_training = ContactReadout.fit(*_true_steps(slots, probe, states, contacts)), len(states)
-    states, contacts = dataset_scenes(dataset, "validation", num_tuning_videos)
+    states, contacts = dataset_scenes(dataset, "validation", num_tuning_videos, ("state", "contacts"))
     tuning_slots = source.slots(states, progress=progress)
     tuning = _factual_rows(tuning_slots, probe, states, contacts, rules)
     slots = source.slots(scenes.states, progress=progress)

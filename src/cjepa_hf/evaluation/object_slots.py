@@ -1,6 +1,7 @@
 """Slots of collision scenes with known objects: object k at place k, from true states or from what an encoder sees."""
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -180,23 +181,30 @@ class PixelSlots:
         return slot_quality(self.probe, slots, states)
 
 
-def dataset_states(dataset: str | os.PathLike, split: str, num_videos: int) -> np.ndarray:
+def dataset_scenes(
+    dataset: str | os.PathLike, split: str, num_videos: int, columns: Sequence[str] = ("state",)
+) -> list[np.ndarray]:
     """
-    States float32 [V, 128, 60] of the first videos of a slot dataset of collision scenes, without shorter videos.
+    Columns of the first videos of a slot dataset of collision scenes, without shorter videos: state float32 [V, 128, 60],
+    contacts bool [V, 128, 15].
 
-    Raises `ValueError` for a dataset without such states.
+    Raises `ValueError` for a dataset without them, or of another world.
     """
     loaded = load_slot_dataset(dataset, split, check_values=False)
+    for column in columns:
+        if column not in loaded.columns:
+            raise ValueError(
+                f"{loaded.name} has no column {column!r}: give slots that `cjepa-hf extract SCENES --encoder state` made"
+            )
+    data = loaded.data.select(range(min(num_videos, len(loaded)))).with_format("numpy", columns=list(columns))
+    rows = [[row[column][:VISIBLE_FRAMES] for column in columns] for row in data]
+    rows = [row for row in rows if len(row[0]) == VISIBLE_FRAMES]
     width = MAX_OBJECTS * len(OBJECT_STATE_NAMES)
-    if "state" not in loaded.columns:
-        raise ValueError(f"{loaded.name} has no column 'state': give slots that `cjepa-hf extract SCENES` made")
-    rows = loaded.data.select(range(min(num_videos, len(loaded)))).with_format("numpy", columns=["state"])["state"]
-    rows = [row[:VISIBLE_FRAMES] for row in rows if len(row) >= VISIBLE_FRAMES]
-    if not rows or rows[0].shape[1] != width:
+    if not rows or rows[0][columns.index("state")].shape[1] != width:
         raise ValueError(
             f"{loaded.name} has no video of {VISIBLE_FRAMES} frames with states of {width} numbers, as collision scenes have"
         )
-    return np.stack(rows)
+    return [np.stack(part) for part in zip(*rows)]
 
 
 def fit_object_probe(
@@ -218,7 +226,10 @@ def fit_object_probe(
         the probe, and how well it reads the videos of the split validation: as `slot_quality`, and `objects`, the share of
         objects that are described right in shape, color and material over their whole video.
     """
-    train, test = dataset_states(dataset, "train", num_videos), dataset_states(dataset, "validation", num_test_videos)
+    (train,), (test,) = (
+        dataset_scenes(dataset, split, count)
+        for split, count in (("train", num_videos), ("validation", num_test_videos))
+    )
     source = StateSlots() if str(encoder) == "state" else PixelSlots(encoder, device=device)
     probe = source.fit(train)
     slots = source.slots(test)
