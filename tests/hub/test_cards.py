@@ -87,6 +87,30 @@ def test_a_measured_number_is_the_files(tmp_path):
             card(ENTRIES["cjepa-pusht-small"], results=[tmp_path / file])
 
 
+def test_a_card_shows_rollouts_of_its_models_beside_what_is_easy_and_leaves_controls_to_the_file(tmp_path):
+    found = {"value": 0.25, "low": 0.2, "high": 0.3, "n": 9}
+    names = ["copy the video", "true positions", "mine, empty", "mine, no removal"]
+    rows = [
+        {
+            "name": name,
+            "start": start,
+            "position_error": {"16": found, "32": found | {"value": 0.125}},
+            "cell_mean": found,
+        }
+        for start in "BA"
+        for name in names
+    ]
+    values = {"protocol": {"name": "cf-rollout"}, "models": {"mine": "runs/mine"}, "slots": {"encoder": "mine"}}
+    values |= {"factual": [{"name": "mine", "f1": found | {"value": 0.75}}], "rows": rows}
+    (tmp_path / "a.json").write_text(json.dumps(values))
+    text = card(ENTRIES["cjepa-pusht-small"], results=[tmp_path / "a.json"])
+    table = [line for line in text.splitlines() if line.endswith("`a.json` |")]
+    assert len(table) == 5 and not [line for line in table if "no removal" in line or "true positions" in line]
+    assert "mine, empty, from pixels | 0.125 | 0.2 to 0.3 | 9 |" in text and "mine, from pixels | 0.75 |" in text
+    indexed = {result.metric_type: result.metric_value for result in ModelCard(text).data.eval_results}
+    assert indexed == {"f1": 0.75, "position_error": 0.125, "accuracy": 0.25}
+
+
 def test_the_command_writes_a_card_and_keeps_one_that_is_there(tmp_path, capsys):
     (tmp_path / "config.json").write_text((ENTRIES["savi-clevrer"] / "config.json").read_text())
     assert main(["card", str(tmp_path), "--repo-id", "me/savi"]) == 0

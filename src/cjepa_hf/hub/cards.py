@@ -121,7 +121,7 @@ def _model_card(folder: Path, repo_id: str, source: dict, results: list[Path]) -
     paper = source.get("paper", {}).get("results", [])
     evaluations = [
         EvalResult(
-            task_type="robotics", dataset_type=row["dataset"], dataset_name=row["dataset"], metric_type=row["metric"],
+            task_type=row.get("task_type", "robotics"), dataset_type=row["dataset"], dataset_name=row["dataset"], metric_type=row["metric"],
             metric_name=row["name"], metric_value=row["value"],
         )
         for row in measured
@@ -263,6 +263,8 @@ def _measured(path: Path) -> list[dict]:
     """Rows {dataset, metric, name, control, value, interval, n, file} of a file of results."""
     values = _read(path)
     file = "/".join(path.parts[-3:]) if path.parts[-3:-1] == ("benchmarks", "results") else path.name
+    if values.get("protocol", {}).get("name") == "cf-rollout" and "factual" in values:
+        return [row | {"file": file} for row in _measured_rollouts(values)]
     if "protocol" in values and "rows" in values:
         names = [row["name"] for row in values["rows"]]
         return [
@@ -297,6 +299,37 @@ def _measured(path: Path) -> list[dict]:
         f"{path} holds no results that a card can show: expected a file of `cjepa-hf evaluate --output` or of "
         "benchmarks/encoder_quality.py"
     )
+
+
+def _measured_rollouts(values: dict) -> list[dict]:
+    """The rows of a file of cf-rollout that say how good its models are, and those that say what is easy."""
+    controls = ("copy the video", "constant velocity")
+    operators = ("", ", empty", ", drop", ", mask")
+    own = [name + operator for name in values["models"] for operator in operators]
+    pixels = ", from pixels" if values["slots"]["encoder"] != "state" else ""
+
+    def row(name: str, metric: str, what: str, found: dict) -> dict:
+        return {
+            "dataset": "cf-rollout", "task_type": "other", "metric": metric, "name": f"{what}, {name}{pixels}",
+            "control": name in controls, "value": round(found["value"], 3),
+            "interval": (round(found["low"], 3), round(found["high"], 3)), "n": found["n"],
+        }  # fmt: skip
+
+    kept = (*controls, *own)
+    rows = [
+        row(r["name"], "f1", "F1 of the pairs that meet in the video as it is", r["f1"])
+        for r in values["factual"]
+        if r["name"] in kept
+    ]
+    for found in values["rows"]:
+        if found["start"] == "B" and found["name"] in kept:
+            rows += [
+                row(found["name"], "position_error", f"error of displaced objects {h} frames after the removal", error)
+                for h, error in found["position_error"].items()
+                if h in ("32", "64")
+            ]
+            rows.append(row(found["name"], "accuracy", "mean accuracy of the four cells", found["cell_mean"]))
+    return rows
 
 
 def _results(measured: list[dict], paper: list[dict], source: Mapping) -> str:
