@@ -242,8 +242,8 @@ def test_huber_equals_mse_for_small_errors_and_grows_linearly_for_large_ones():
     model = tiny(loss_type="huber", huber_delta=0.1)
     target = torch.zeros(2, 4, 32)
     small, large = torch.full((2, 4, 32), 1e-3), torch.full((2, 4, 32), 50.0)
-    torch.testing.assert_close(model._token_loss(small, target), torch.full((2, 4), 1e-6), rtol=1e-3, atol=0)
-    ratio = model._token_loss(2 * large, target) / model._token_loss(large, target)
+    torch.testing.assert_close(model.token_loss(small, target), torch.full((2, 4), 1e-6), rtol=1e-3, atol=0)
+    ratio = model.token_loss(2 * large, target) / model.token_loss(large, target)
     torch.testing.assert_close(ratio, torch.full((2, 4), 2.0), rtol=1e-2, atol=0)
 
 

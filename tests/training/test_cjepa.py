@@ -382,6 +382,24 @@ def test_the_rollout_loss_compares_all_that_is_imagined_from_the_first_frame():
         arguments("--rollout_weight", "-1")
 
 
+def test_the_rollout_loss_can_go_on_after_the_history_for_longer_than_the_model_predicts_at_once():
+    torch.manual_seed(0)
+    model = tiny_model(num_masked_slots=0, loss_type="huber").train()
+    batch = batch_of(4)
+    longer = {name: torch.cat([value, value.flip(1)], dim=1) for name, value in batch.items()}  # 8 frames
+    args = arguments("--rollout_weight", "0.5", "--rollout_steps", "4")
+    loss, terms = world_model_loss(model, args, STATISTICS)(model, longer)
+    plain, _ = world_model_loss(model, arguments(), STATISTICS)(model, batch)
+    imagined = model.rollout(
+        longer["slots"][:, :3], actions=longer["actions"][:, :6], proprio=longer["proprio"][:, :3], num_steps=4
+    ).slots
+    expected = model.token_loss(imagined, longer["slots"][:, 3:7]).mean()
+    torch.testing.assert_close(terms["rollout_loss"], expected.detach())
+    torch.testing.assert_close(loss, plain + 0.5 * expected)
+    with pytest.raises(ValueError, match="rollout_steps must be at least 0"):
+        arguments("--rollout_steps", "-1")
+
+
 def test_unknown_actions_and_proprioception_become_the_mean():
     model, batch = tiny_model().eval(), batch_of(2)
     filled = {name: value.clone() for name, value in batch.items()}

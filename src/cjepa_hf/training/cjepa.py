@@ -48,6 +48,7 @@ class CJepaTrainArguments(TrainArguments):
         "mask_present",
         "slot_noise",
         "rollout_weight",
+        "rollout_steps",
     )
 
     # > Parameters that control the data
@@ -89,9 +90,14 @@ class CJepaTrainArguments(TrainArguments):
     slot_noise: float = HfArg(default=0.0, help="Standard deviation of noise on the observed slots (slot units).")
     rollout_weight: float = HfArg(
         default=0.0,
-        help="Weight of the rollout loss: from the first frame of a window the model imagines the others, feeding its own "
-        "predictions back as a plan does, and the mean squared error of them all is added. The published objective has "
-        "none; a few steps of it at the end of a training make long rollouts better.",
+        help="Weight of the rollout loss: the model imagines frames, feeding its own predictions back as a plan does, and "
+        "the error of them all is added. The published objective has none; a few steps of it at the end of a training make "
+        "long rollouts better.",
+    )
+    rollout_steps: int = HfArg(
+        default=0,
+        help="Frames that the rollout loss imagines after the history of a batch. 0: all frames of a window after its "
+        "first.",
     )
     eval_rollout_steps: int = HfArg(default=5, help="Frames that the evaluation imagines.")
     proprio_learning_rate: float | None = HfArg(
@@ -117,6 +123,8 @@ class CJepaTrainArguments(TrainArguments):
             raise ValueError(f"slot_noise must be at least 0, got {self.slot_noise!r}")
         if not self.rollout_weight >= 0:
             raise ValueError(f"rollout_weight must be at least 0, got {self.rollout_weight!r}")
+        if self.rollout_steps < 0:
+            raise ValueError(f"rollout_steps must be at least 0, got {self.rollout_steps!r}")
         for name in ("contact_share", "turn_share"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)!r}")
@@ -207,7 +215,8 @@ def world_model_loss(
     statistics: Mapping[str, Tensor],
     empty_slot: Tensor | None = None,
 ) -> Callable[[nn.Module, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]:
-    """The loss function of a batch of windows {"slots" [B, T_h + T_p, N, D], "actions", "proprio"} in raw units.
+    """The loss function of a batch of windows {"slots" [B, W, N, D], "actions", "proprio"} in raw units, W frames of which
+    the first history_length are observed and the next prediction_length, or rollout_steps, are predicted.
 
     `empty_slot` [D] is what a slot without object looks like. A batch may carry its own `slot_mask` ([B, N] or
     [B, T_h, N], True = hidden); by default the model draws one per sample, from the slots before noise (noise would make
@@ -252,26 +261,34 @@ def world_model_loss(
             history,
             actions=None if actions is None else actions[:, first:length],
             proprio=None if proprio is None else proprio[:, first:length],
-            future_slots=future,
-            future_proprio=None if proprio is None else proprio[:, length:],
+            future_slots=future[:, : config.prediction_length],
+            future_proprio=None if proprio is None else proprio[:, length : length + config.prediction_length],
             slot_mask=mask,
         )
         loss = output.loss
         terms = {name: getattr(output, name) for name in ("future_loss", "history_loss", "proprio_loss")}
         if args.rollout_weight and model.training:
-            terms["rollout_loss"] = rollout_loss(slots, actions, proprio)
+            if args.rollout_steps:
+                observed, target = (first, length), future[:, : args.rollout_steps]
+            else:
+                observed, target = (0, 1), slots[:, 1 : length + config.prediction_length]
+                history = slots[:, :1] + args.slot_noise * torch.randn_like(slots[:, :1])
+            terms["rollout_loss"] = rollout_loss(history, target, observed, actions, proprio)
             loss = loss + args.rollout_weight * terms["rollout_loss"]
         return loss, {name: value.detach() for name, value in terms.items() if value is not None}
 
-    def rollout_loss(slots: Tensor, actions: Tensor | None, proprio: Tensor | None) -> Tensor:
-        start, steps = slots[:, :1], slots.shape[1] - 1
+    def rollout_loss(
+        history: Tensor, target: Tensor, observed: tuple[int, int], actions: Tensor | None, proprio: Tensor | None
+    ) -> Tensor:
+        """From `history` [B, T, N, D], the frames `observed` (first, end) of the window, to the `target` after them."""
+        first, end = observed
         imagined = model.rollout(
-            start + args.slot_noise * torch.randn_like(start),
-            actions=None if actions is None else actions[:, :steps],
-            proprio=None if proprio is None else proprio[:, :1],
-            num_steps=steps,
+            history,
+            actions=None if actions is None else actions[:, first : end + target.shape[1] - 1],
+            proprio=None if proprio is None else proprio[:, first:end],
+            num_steps=target.shape[1],
         ).slots
-        return (imagined.float() - slots[:, 1:]).square().mean()
+        return model.token_loss(imagined, target).mean()
 
     return loss_fn
 
@@ -408,7 +425,8 @@ def train_world_model(
     columns = ["slots"]
     columns += ["actions"] if config.action_size else []
     columns += ["proprio"] if config.proprio_size else []
-    shape = (config.history_length, config.prediction_length, config.frame_skip)
+    predicted = max(config.prediction_length, args.rollout_steps if args.rollout_weight else 0)
+    shape = (config.history_length, predicted, config.frame_skip)
     if args.streaming:
         windows = StreamingSlotWindows(
             train_slots, *shape, columns=columns, shuffle_buffer=args.shuffle_buffer, seed=args.seed

@@ -757,6 +757,10 @@ class SlotWorldModel(SafePreTrainedModel):
                 proprio_embeddings = proprio_embeddings.unflatten(0, (batch, num_samples))
         return CJepaRolloutOutput(slots=imagined, proprio_embeddings=proprio_embeddings)
 
+    def token_loss(self, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Mean squared error per token [...] of [..., D]."""
+        return (prediction.float() - target.detach().float()).square().mean(-1)
+
     # --------------------------------------------------------------------------------------------- statistics
 
     def set_statistics(self, **statistics) -> None:
@@ -989,7 +993,7 @@ class CJepaModel(SlotWorldModel):
             future_slots = self._checked("future_slots", future_slots, config.slot_size, "(B, P, N, D)", 4)
             if future_slots.shape != expected:
                 raise ValueError(f"future_slots has shape {tuple(future_slots.shape)}: expected {expected}.")
-            future_loss = self._token_loss(predicted_slots[:, steps:], future_slots).mean()
+            future_loss = self.token_loss(predicted_slots[:, steps:], future_slots).mean()
             loss = future_loss
             if slot_mask is not None:
                 history_loss = self._history_loss(predicted_slots[:, :steps], slots, slot_mask)
@@ -1015,9 +1019,9 @@ class CJepaModel(SlotWorldModel):
             slot_mask=slot_mask,
         )
 
-    def _token_loss(self, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Loss per token [...] of [..., D]; both losses equal the mean squared error for small errors."""
-        error = (prediction.float() - target.detach().float()).square().mean(-1)
+    def token_loss(self, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Loss (`loss_type`) per token [...] of [..., D]; it equals the mean squared error where errors are small."""
+        error = super().token_loss(prediction, target)
         if self.config.loss_type == "mse":
             return error
         delta = self.config.huber_delta
@@ -1032,7 +1036,7 @@ class CJepaModel(SlotWorldModel):
         if self.config.anchor_in_history_loss:
             prefix = torch.arange(slots.shape[1], device=slots.device)[:, None] < self.config.visible_prefix
             counted = slot_mask | (prefix & slot_mask.any(dim=1, keepdim=True))
-        error = (self._token_loss(prediction, slots) * counted).sum(dim=(1, 2))
+        error = (self.token_loss(prediction, slots) * counted).sum(dim=(1, 2))
         return (error / counted.sum(dim=(1, 2)).clamp(min=1)).mean()
 
 
