@@ -7,6 +7,8 @@
 #
 #     examples/reproduce_clevrer.sh [folder] [step ...]
 #     SEED=1 STEPS=20000 examples/reproduce_clevrer.sh runs/collisions_seed_1 world_model oc_jepa evaluate
+#
+# A world model is trained in two parts, STEPS and then ROLLOUT_STEPS (with a loss on rollouts).
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 out=${1:-runs/collisions}
@@ -14,7 +16,6 @@ shift || true
 steps=${*:-collect slots world_model oc_jepa aloe aloe_text_only evaluate answers pixel_collect pixel_encoder pixel_slots \
   pixel_world_model pixel_probe pixel_oc_jepa pixel_aloe pixel_evaluate pixel_answers}
 seed=${SEED:-0}
-train=(--max_steps "${STEPS:-20000}" --seed "$seed")
 mkdir -p "$out"
 
 for step in $steps; do
@@ -43,13 +44,13 @@ for step in $steps; do
     pixel_probe)  # with it, pipelines find the objects that questions name
       cjepa-hf probe "$out/pixel_slots" --encoder "$out/pixel_encoder" --output-dir "$out/pixel_world_model"
       ;;
-    *world_model)
-      python "$here/train.py" "$here/collisions/world_model.yaml" --dataset "$out/$slots" "${pixels[@]}" \
-        --output_dir "$out/$step" "${train[@]}"
-      ;;
-    *oc_jepa)
-      python "$here/train.py" "$here/collisions/world_model.yaml" --dataset "$out/$slots" "${pixels[@]}" \
-        --output_dir "$out/$step" --num_masked_slots 0 "${train[@]}"
+    *world_model | *oc_jepa)
+      masks=()
+      if [[ $step == *oc_jepa ]]; then masks=(--num_masked_slots 0); fi
+      python "$here/train.py" "$here/collisions/world_model.yaml" --dataset "$out/$slots" "${pixels[@]}" "${masks[@]}" \
+        --output_dir "$out/${step}_start" --max_steps "${STEPS:-13000}" --seed "$seed"
+      python "$here/train.py" "$here/collisions/world_model_rollout.yaml" --dataset "$out/$slots" "${pixels[@]}" "${masks[@]}" \
+        --init_model "$out/${step}_start" --output_dir "$out/$step" --max_steps "${ROLLOUT_STEPS:-2000}" --seed "$seed"
       ;;
     *evaluate)
       text_only=()

@@ -174,8 +174,8 @@ def imagine(
             observed frame.
         batch_size: rollouts at a time, which bounds memory.
 
-    `entries` and [`Delay`] make all rollouts of the call go frame by frame (a pass of the model predicts
-    `prediction_length` otherwise), so that what enters is seen at once and the comparison stays fair.
+    What `entries` and [`Delay`] show is seen at once: where a pass of the model predicts more steps (`prediction_length`), those
+    after it are predicted again, in all rollouts of the scene, so that the comparison stays fair.
 
     Raises `ValueError` for wrong shapes, slots that do not exist or hold no object, and videos that are too short.
     """
@@ -242,6 +242,8 @@ def imagine(
         for name, value in row.items():
             rows[name].append(value)
     stacked = {name: torch.stack(values, dim=1) for name, values in rows.items() if values}  # [B, 1 + I, ...]
+    if "where" in stacked:
+        stacked["shown"] = stacked["where"].any(dim=(1, 3))[:, None].expand(-1, len(plans) + 1, -1)
     short = history <= model.config.visible_prefix
     if (stacked["hidden"].any(dim=2) & short[:, None]).any():
         raise ValueError(
@@ -523,6 +525,7 @@ def _roll_rows(model, rows, history, steps, skip, proprio, match_slots, batch_si
                 hidden=pick("hidden"),
                 given=pick("given"),
                 where=pick("where"),
+                shown=flat["shown"][index] if "shown" in flat else None,
                 actions=flat["actions"][index] if "actions" in flat else None,
                 proprio=None if proprio is None else proprio[scene[index]],
                 match_slots=match_slots,
@@ -531,8 +534,11 @@ def _roll_rows(model, rows, history, steps, skip, proprio, match_slots, batch_si
     return result.unflatten(0, (batch, count))
 
 
-def _roll(model, slots, steps, skip, *, hidden, given, where, actions, proprio, match_slots) -> torch.Tensor:
-    """[R, steps * skip, N, D] after slots [R, history * skip, N, D]: `skip` rollouts of every row, interleaved."""
+def _roll(model, slots, steps, skip, *, hidden, given, where, shown, actions, proprio, match_slots) -> torch.Tensor:
+    """
+    [R, steps * skip, N, D] after slots [R, history * skip, N, D]: `skip` rollouts of every row, interleaved. Where `where`
+    [R, F, N], slots are `given` [R, F, N, D]; `shown` [R, F] tells in which frames that is so in some rollout of the scene.
+    """
     count = len(slots)
 
     def split(x):  # [R, F * skip, ...] -> [R * skip, F, ...]
@@ -554,11 +560,22 @@ def _roll(model, slots, steps, skip, *, hidden, given, where, actions, proprio, 
         ).slots
     else:
         given, where = split(given), split(where)
-        window, whole = history.shape[1], history
-        for step in range(steps):
-            part = None if actions is None else actions[:, step : step + window]
-            new = model.rollout(whole[:, -window:], actions=part, num_steps=1, match_slots=match_slots).slots
-            new = torch.where(where[:, step : step + 1, :, None], given[:, step : step + 1], new)
-            whole = torch.cat([whole, new], dim=1)
-        imagined = whole[:, window:]
+        shown = split(shown)
+        first, ahead = history.shape[1], model.config.prediction_length
+        whole = torch.cat([history, torch.zeros_like(given)], dim=1)
+
+        def go_on(rows, step, end):
+            seen = slice(max(first + step - model.config.history_length, 0), first + step)
+            part = None if actions is None else actions[rows, seen.start : first + end - 1]
+            new = model.rollout(whole[rows, seen], actions=part, num_steps=end - step, match_slots=match_slots).slots
+            place = where[rows, step:end, :, None]
+            whole[rows, first + step : first + end] = torch.where(place, given[rows, step:end], new)
+
+        for step in range(0, steps, ahead):
+            end = min(step + ahead, steps)
+            go_on(slice(None), step, end)
+            for later in range(step + 1, end):  # what follows something shown is predicted again, with that in view
+                if len(rows := shown[:, later - 1].nonzero().flatten()):
+                    go_on(rows, later, end)
+        imagined = whole[:, first:]
     return imagined.unflatten(0, (count, skip)).transpose(1, 2).flatten(1, 2)
