@@ -128,6 +128,21 @@ def test_objects_that_enter_later_can_be_shown(model, slots):
     assert not torch.allclose(without.factual[:, 1, 3], slots[:, 7, 3])
 
 
+def test_what_enters_is_seen_at_once_and_nothing_else_changes(model, slots):
+    """Passes predict 2 steps: those after an object is shown are predicted again, the others are the model's rollout."""
+    slots[1:, :7, 3] = EMPTY  # enters at frame 7 in two scenes
+    result = imagine(model, slots, [Empty(0)], num_frames=5, start=3, entries=True, empty_slot=EMPTY)
+    close(result.factual[0], rollout(model, slots[:1, :3], 5)[0])  # and its history grows
+    whole = slots[1:, :3]
+    for step in (0, 2):
+        whole = torch.cat([whole, rollout(model, whole, 2)], dim=1)  # frames 3-4, 5-6
+    whole = torch.cat([whole, rollout(model, whole, 1)], dim=1)
+    whole[:, 7, 3] = slots[1:, 7, 3]
+    close(result.factual[1:], whole[:, 3:])
+    six = imagine(model, slots, num_frames=6, start=3, entries=True, empty_slot=EMPTY)
+    close(six.factual[1:, 5], rollout(model, whole, 1)[:, 0])  # frame 8 of the pass that began with frame 7
+
+
 def test_scenes_start_where_they_should(model, slots):
     result = imagine(model, slots, [Drop(0)], num_frames=2, start=torch.tensor([2, 5, 8]))
     assert result.history.tolist() == [2, 4, 4]
