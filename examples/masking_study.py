@@ -69,7 +69,7 @@ def run_cell(cell: tuple[str, str, int], args: argparse.Namespace) -> dict[str, 
     words += ["--output_dir", str(folder), "--seed", str(seed), "--max_steps", str(BUDGETS[budget] * args.steps)]
     words += VARIANTS[variant.removeprefix("learned-")]
     if learned:
-        words += ["--hold_absent", "false", "--mask_present", "false", "--contact_share", "0"]
+        words += ["--contact_share", "0", "--turn_share", "0.5"]  # videos do not tell where contacts begin
     train([*words, *args.more])
     results = evaluate_cf_rollout(
         [str(folder)],
