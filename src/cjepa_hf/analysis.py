@@ -421,7 +421,7 @@ def _push_t_slots(model, image_processor, states, goal) -> list[int]:
             "Push-T: the model holds no slot encoder, whose masks tell which slot is the agent and which the block: "
             "train with --slot_encoder"
         )
-    render = partial(render_push_t, resolution=64, goal_pose=goal)
+    render = partial(render_push_t, resolution=model.slot_encoder.config.image_size, goal_pose=goal)
     true = push_t_segments(states, render)
     pixels = image_processor(list(render(states)), return_tensors="pt")["pixel_values"]
     with torch.no_grad():

@@ -194,7 +194,8 @@ def without_block(
     """
     block, agent = slot_of_color(model, BLOCK_COLOR), slot_of_color(model, AGENT_COLOR)
     frame_skip, horizon = model.config.frame_skip, len(actions)
-    pixels = processor(list(render_push_t(state[None], resolution=64)), return_tensors="pt")["pixel_values"]
+    frame = render_push_t(state[None], resolution=model.slot_encoder.config.image_size)
+    pixels = processor(list(frame), return_tensors="pt")["pixel_values"]
     proprio = torch.as_tensor(state[list(PROPRIO_INDICES)], dtype=torch.float32).view(1, 1, -1)
     keep = [slot for slot in range(model.config.num_slots) if slot != block]
     with torch.inference_mode():

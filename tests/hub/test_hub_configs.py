@@ -24,7 +24,8 @@ KEYS = json.loads((ROOT / "tests" / "data" / "original_keys.json").read_text())
 ENTRIES = hub_configs()
 SLOTS = [name for name in ENTRIES if name.endswith("-slots")]
 MODELS = [name for name in ENTRIES if name not in SLOTS]
-RELEASED = [name for name in MODELS if name != "cjepa-pusht-small"]
+OWN = {"cjepa-pusht-small": "push_t", "cjepa-collisions-small": "collisions"}  # and the names they ship under
+RELEASED = [name for name in MODELS if name not in OWN]
 
 
 def read(name, file="config.json"):
@@ -53,7 +54,7 @@ def state_dict(name):
 
 
 def test_there_is_an_entry_for_every_released_file():
-    expected = {f"cjepa-pusht-{m}of4" for m in range(3)} | {"cjepa-pusht-small", "aloe-clevrer", "savi-clevrer"}
+    expected = {f"cjepa-pusht-{m}of4" for m in range(3)} | {*OWN, "aloe-clevrer", "savi-clevrer"}
     expected |= {f"cjepa-clevrer-{kind}-{m}of7" for kind in ("videosaur", "savi") for m in range(5)}
     expected |= {"videosaur-pusht", "videosaur-clevrer"}
     assert set(MODELS) == expected
@@ -76,7 +77,7 @@ def test_a_configuration_writes_every_field_and_no_other(name):
     for part, own in parts:
         declared = {field for field in type(own).__annotations__ if field in {f.name for f in fields(own)}}
         assert declared <= set(part), "a default that changes would change what is published"
-        if name != "cjepa-pusht-small":  # that one is as save_pretrained wrote it
+        if name not in OWN:  # those are as save_pretrained wrote them
             assert set(part) <= declared | {"model_type", "architectures"}
         for field in declared - {"backbone_config", "slot_encoder_config"}:
             value = getattr(own, field)
@@ -188,7 +189,8 @@ def test_the_processor_of_an_entry_loads(name):
     values = read(name)
     encoder = values.get("slot_encoder_config") or values
     expected = {"videosaur": "VideoSaurImageProcessor", "savi": "SaviImageProcessor", "aloe": "AloeProcessor"}
-    expected = (expected | {"color-isa": "ColorIsaImageProcessor"}).get(encoder["model_type"])
+    expected |= {"color-isa": "ColorIsaImageProcessor", "crop-slots": "CropSlotsImageProcessor"}
+    expected = expected.get(encoder["model_type"])
     files = {path.name for path in ENTRIES[name].iterdir()} - {"config.json", "source.json"}
     if expected is None:  # a predictor of slots
         assert files == set()
@@ -199,10 +201,11 @@ def test_the_processor_of_an_entry_loads(name):
     assert getattr(processor, "size", encoder.get("image_size")) == encoder.get("image_size")
 
 
-def test_our_small_model_is_the_one_that_ships():
+@pytest.mark.parametrize("name", OWN)
+def test_our_small_model_is_the_one_that_ships(name):
     """After a new one has been trained: copy its config.json and preprocessor_config.json into the entry."""
     for file in ("config.json", "preprocessor_config.json"):
-        assert read("cjepa-pusht-small", file) == json.loads((bundled_checkpoint("push_t") / file).read_text())
+        assert read(name, file) == json.loads((bundled_checkpoint(OWN[name]) / file).read_text())
 
 
 @pytest.mark.parametrize("name", ENTRIES)
