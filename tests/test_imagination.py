@@ -134,7 +134,7 @@ def test_what_enters_is_seen_at_once_and_nothing_else_changes(model, slots):
     result = imagine(model, slots, [Empty(0)], num_frames=5, start=3, entries=True, empty_slot=EMPTY)
     close(result.factual[0], rollout(model, slots[:1, :3], 5)[0])  # and its history grows
     whole = slots[1:, :3]
-    for step in (0, 2):
+    for _ in range(2):
         whole = torch.cat([whole, rollout(model, whole, 2)], dim=1)  # frames 3-4, 5-6
     whole = torch.cat([whole, rollout(model, whole, 1)], dim=1)
     whole[:, 7, 3] = slots[1:, 7, 3]
