@@ -222,10 +222,10 @@ class CounterfactualRolloutPipeline(Pipeline):
             locate = self.probe.positions
         if locate is not None:
             paths = {"factual": result.factual[0], "slots": result.slots[0]}
-            paths = {name: _paths(locate(slots), slots, empty_slot) for name, slots in paths.items()}
+            paths = {name: _paths(locate(slots), slots, empty_slot, self.probe) for name, slots in paths.items()}
         if gif is not None:
             names = ["as it is", *(_name(one) for one in given)]
-            write_comparison(Path(gif), result, self.slot_encoder, paths, names)
+            write_comparison(Path(gif), result, self.slot_encoder, paths, names, frame_skip)
         return {"result": result, "paths": paths, "observed": slots, "raw": {"given": given, "gif": gif}}
 
     def _parsed(self, intervention, slots) -> list[Intervention]:
@@ -378,13 +378,15 @@ def find_slot(probe: SlotProbe | None, slots: torch.Tensor, words: str) -> int:
 # ---------------------------------------------------------------------------------------------------------- pictures
 
 
-def _paths(positions: torch.Tensor, slots: torch.Tensor, empty_slot) -> torch.Tensor:
+def _paths(positions: torch.Tensor, slots: torch.Tensor, empty_slot, probe: SlotProbe | None) -> torch.Tensor:
     """Positions [..., N, 2] of slots [..., N, D], NaN where a slot is empty: what is not there is nowhere."""
-    if empty_slot is None:
-        return positions
-    scenes = slots.nan_to_num().view(-1, *slots.shape[-3:])  # dropped slots are NaN
-    empty = is_empty(scenes, torch.as_tensor(empty_slot)).view(slots.shape[:-1])
-    return positions.masked_fill(empty.unsqueeze(-1).to(positions.device), torch.nan)
+    gone = torch.zeros(slots.shape[:-1], dtype=torch.bool, device=positions.device)
+    if empty_slot is not None:
+        scenes = slots.nan_to_num().view(-1, *slots.shape[-3:])  # dropped slots are NaN
+        gone |= is_empty(scenes, torch.as_tensor(empty_slot)).view(gone.shape).to(gone.device)
+    if probe is not None:  # an object that leaves is for some steps between there and empty
+        gone |= ~probe.present(slots).to(gone.device)
+    return positions.masked_fill(gone.unsqueeze(-1), torch.nan)
 
 
 _SIZE = 192
@@ -394,13 +396,24 @@ _COLORS = [
 ]  # fmt: skip
 
 
-def write_comparison(path: Path, result: Imagination, encoder, paths: dict | None, names: Sequence[str]) -> None:
-    """All rollouts of the first scene side by side, as a GIF: decoded frames where the encoder draws, and paths so far."""
+def write_comparison(
+    path: Path, result: Imagination, encoder, paths: dict | None, names: Sequence[str], frame_skip: int = 1
+) -> None:
+    """
+    All rollouts of the first scene side by side, as a GIF: decoded frames where the encoder draws, and paths so far. Of
+    `frame_skip` interleaved rollouts the one that goes on from the last observed frame is drawn: the others imagine the same
+    from a little earlier, and may differ.
+    """
+    count = result.factual.shape[1]
+    shown = list(range(frame_skip - 1, count, frame_skip)) or list(range(count))
     keeps = torch.cat([torch.ones_like(result.present[0, :1]), result.present[0]]) if len(names) > 1 else None
-    rollouts = [result.factual[0], *result.slots[0]]
+    rollouts = [r[shown] for r in (result.factual[0], *result.slots[0])]
+    config = getattr(encoder, "config", None)
+    scene, view = (getattr(config, name, None) for name in ("scene_size", "view_size"))
+    size = (_SIZE, _SIZE if view is None else round(_SIZE * view[1] / view[0]))  # width, height
     drawn = None
     if hasattr(encoder, "decode"):
-        panels = [_decoded(encoder, r, None if keeps is None else keeps[i]) for i, r in enumerate(rollouts)]
+        panels = [_decoded(encoder, r, None if keeps is None else keeps[i], size) for i, r in enumerate(rollouts)]
         drawn = None if panels[0] is None else panels
     if drawn is None and paths is None:
         raise ValueError(
@@ -409,21 +422,21 @@ def write_comparison(path: Path, result: Imagination, encoder, paths: dict | Non
         )
     points = None
     if paths is not None:
-        tracks = torch.cat([paths["factual"][None], paths["slots"]]).float().cpu().numpy()  # [1 + I, K, N, 2]
-        config = getattr(encoder, "config", None)
-        scene, view = (getattr(config, name, None) for name in ("scene_size", "view_size"))
+        tracks = (
+            torch.cat([paths["factual"][None], paths["slots"]])[:, shown].float().cpu().numpy()
+        )  # [1 + I, K, N, 2]
         if drawn is None:
             low, high = np.nanmin(tracks, axis=(0, 1, 2)), np.nanmax(tracks, axis=(0, 1, 2))
-            points = 8 + (tracks - low) / max(float((high - low).max()), 1e-6) * (_SIZE - 16)
+            points = 8 + (tracks - low) / max(float((high - low).max()), 1e-6) * (np.array(size) - 16)
         elif scene is not None and hasattr(encoder, "positions"):
-            points = tracks / scene * _SIZE
+            points = tracks / scene * np.array(size)
         elif view is not None and hasattr(encoder, "positions"):  # from the middle of the view
-            points = (tracks / np.asarray(view) + 0.5) * _SIZE
+            points = (tracks / np.asarray(view) + 0.5) * np.array(size)
     frames = []
-    for k in range(len(rollouts[0])):
+    for k, frame in enumerate(shown):
         cells = []
         for i, name in enumerate(names):
-            cell = np.full((_SIZE, _SIZE, 3), 255, np.uint8) if drawn is None else drawn[i][k].copy()
+            cell = np.full((size[1], size[0], 3), 255, np.uint8) if drawn is None else drawn[i][k].copy()
             if points is not None:
                 for slot in range(points.shape[2]):
                     track = points[i, : k + 1, slot]
@@ -433,8 +446,8 @@ def write_comparison(path: Path, result: Imagination, encoder, paths: dict | Non
                         cv2.polylines(cell, [line], False, color, 1, cv2.LINE_AA, 3)
                         if there[-1]:
                             cv2.circle(cell, tuple(int(v) for v in line[-1]), 24, color, -1, cv2.LINE_AA, 3)
-            header = np.full((18, _SIZE, 3), 255, np.uint8)
-            title = f"{name}, frame {int(result.start[0]) + k}"
+            header = np.full((18, size[0], 3), 255, np.uint8)
+            title = f"{name}, frame {int(result.start[0]) + frame}"
             cv2.putText(header, title, (4, 13), cv2.FONT_HERSHEY_SIMPLEX, 0.36, (60, 60, 60), 1, cv2.LINE_AA)
             cells.append(np.pad(np.concatenate([header, cell]), ((2, 2), (2, 2), (0, 0)), constant_values=255))
         frames.append(np.concatenate(cells, axis=1))
@@ -451,8 +464,8 @@ def write_comparison(path: Path, result: Imagination, encoder, paths: dict | Non
 
 
 @torch.no_grad()
-def _decoded(encoder, slots, keep) -> np.ndarray | None:
-    """uint8 [K, _SIZE, _SIZE, 3] of slots [K, N, D] without the dropped ones; None if the encoder draws no images."""
+def _decoded(encoder, slots, keep, size) -> np.ndarray | None:
+    """uint8 [K, H, W, 3] (`size` is W, H) of slots [K, N, D] without the dropped ones; None if the encoder draws nothing."""
     if getattr(encoder, "decoder", encoder) is None:
         return None
     kept = range(slots.shape[1]) if keep is None else keep.nonzero().flatten().tolist()
@@ -464,4 +477,4 @@ def _decoded(encoder, slots, keep) -> np.ndarray | None:
     if isinstance(encoder, SaviModel):  # it draws in [-1, 1]
         drawn = drawn / 2 + 0.5
     array = (drawn.float().clamp(0, 1) * 255).round().byte().movedim(1, -1).cpu().numpy()
-    return np.stack([cv2.resize(image, (_SIZE, _SIZE), interpolation=cv2.INTER_CUBIC) for image in array])
+    return np.stack([cv2.resize(image, size, interpolation=cv2.INTER_CUBIC) for image in array])

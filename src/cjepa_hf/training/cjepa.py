@@ -510,7 +510,8 @@ def model_card(model: SlotWorldModel, args: CJepaTrainArguments, results: Mappin
         kind = config.model_type
         what = "A DINO-WM world model ([paper](https://arxiv.org/abs/2411.04983)): autoregressive, it predicts"
     objects = "patches" if getattr(config, "token_type", None) == "patches" else "object slots"
-    data = ModelCardData(library_name="cjepa_hf", pipeline_tag="robotics", tags=[kind, "world-model"])
+    task = "robotics" if config.action_size else None
+    data = ModelCardData(library_name="cjepa_hf", pipeline_tag=task, tags=[kind, "world-model"])
     name = args.hub_model_id or Path(args.output_dir).resolve().name
     low, high = config.masked_slots_range
     masked = f"{low}" if low == high else f"{low} to {high}"
