@@ -521,6 +521,7 @@ def evaluate_cf_rollout(
 
     # b) the removals
     samples: dict[tuple[str, str], dict[str, np.ndarray]] = {}
+    truth = None if isinstance(source, StateSlots) else source.slots(removals.states, progress=progress)
     for start in starts:
         branch = start == "B"
         step = removals.contact // 4 + 1 if branch else np.full(len(removals.gone), rules["early_history_length"])
@@ -553,8 +554,8 @@ def evaluate_cf_rollout(
             removals.positions[rows, frame], removals.in_view[rows, frame] & (observed.frames < FRAMES)[..., None]
         )
         add("true positions", true, "true video")
-        if not isinstance(source, StateSlots):
-            steps, _ = video_steps(source.slots(removals.states, progress=progress), np.arange(len(rows)), phase)
+        if truth is not None:
+            steps, _ = video_steps(truth, np.arange(len(rows)), phase)
             add("true counterfactual video", _padded(read_paths(probe, steps)), "true video")
         wrong = np.where(removals.wrong < 0, removals.gone, removals.wrong)
         for label, net in nets.items():
