@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from cjepa_hf import bundled_checkpoint
 from cjepa_hf.cli import main
 from cjepa_hf.data.slots import write_slot_dataset
 from cjepa_hf.data.state_slots import OBJECT_PAIRS, empty_slot, state_slots
@@ -21,9 +22,10 @@ from cjepa_hf.evaluation.counterfactual import (
     interval,
     make_pair_questions,
     observe,
+    score_positions,
     simulate_protocol,
 )
-from cjepa_hf.evaluation.object_slots import StateSlots
+from cjepa_hf.evaluation.object_slots import PixelSlots, StateSlots
 from cjepa_hf.evaluation.protocols import cf_rollout_world, load_protocol, make_cf_rollout_scene
 from cjepa_hf.imagination import Empty
 from cjepa_hf.models.aloe import AloeConfig, AloeForVideoQuestionAnswering, AloeProcessor
@@ -259,3 +261,28 @@ def test_bad_arguments_are_named(dataset, tmp_path, capsys):
     assert main(["evaluate", "--protocol", "cf-rollout", "--model", "x"]) == 2
     assert "--dataset STATE_SLOTS" in capsys.readouterr().err
     assert counterfactual._label("runs/a/final", {"final": 1}) == "a/final"
+
+
+def test_the_shipped_model_knows_better_than_constant_velocity_where_displaced_objects_go():
+    """From pixels, on the first scenes of the protocol, with the probe that ships."""
+    folder = bundled_checkpoint("collisions")
+    rules = load_protocol("cf-rollout")
+    scenes, removals = simulate_protocol(rules, 8)
+    source = PixelSlots(folder)
+    source.probe = SlotProbe.from_pretrained(folder)
+    slots = source.slots(scenes.states)
+    assert source.quality(slots, scenes.states)["missed"] < 0.02
+    start, phase = removals.contact // 4 + 1, removals.contact % 4
+    observed = observe(slots, source.probe, removals.scene, scenes.contact, start, phase, entry_steps=3)
+    model = CJepaModel.from_pretrained(folder)
+    found = imagined_paths(model, observed, source.probe, {"empty": [(Empty, removals.gone)]})
+    bootstrap = VideoBootstrap(len(scenes.states))
+
+    def errors(paths):
+        scores, _ = score_positions(
+            paths.without(removals.gone), scenes, removals, observed, rules["horizons"], bootstrap
+        )
+        return np.array([scores[str(h)]["value"] for h in (32, 48, 64)])
+
+    imagined, control = errors(found["empty"]), errors(constant_velocity(observed))
+    assert (imagined < 0.8 * control).all() and (imagined < 0.5 * errors(found["none"])).all()
