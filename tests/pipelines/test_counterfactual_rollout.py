@@ -80,6 +80,8 @@ def test_an_encoder_beside_the_model_tells_what_is_empty_and_what_is_nowhere(tmp
     torch.nn.init.zeros_(model.predictor.head.bias)
     what_if = pipeline("counterfactual-rollout", model=model, slot_encoder=encoder, device="cpu")
     result = what_if(frames, interventions=["empty:0"], num_frames=3, gif=tmp_path / "c.gif")
+    with Image.open(tmp_path / "c.gif") as picture:  # in the shape of the view, 6 to 4, under 18 rows of words
+        assert picture.size == (2 * 196, 128 + 18 + 4)
     there = np.isfinite(result["paths"]["slots"][0, 0]).all(-1)
     assert list(there) == [False, True, False, False]
     factual = what_if(frames, num_frames=3)["paths"]["factual"]

@@ -168,6 +168,15 @@ def test_a_finished_run_is_not_relabelled_as_another(folder, tmp_path):
     assert main(command(folder, tmp_path, "--max_steps", "3", "--learning_rate", "1e-4")).step == 3
 
 
+def test_training_reads_windows_as_long_as_its_rollouts(folder, tmp_path):
+    words = command(
+        folder, tmp_path, "--rollout_weight", "1", "--rollout_steps", "3", "--max_steps", "2", "--log_every", "1"
+    )
+    main([*words, "--validation_split", "none"])
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert rows and all(row["rollout_loss"] > 0 for row in rows)
+
+
 def test_a_streamed_dataset_trains_to_the_same_statistics(folder, tmp_path):
     main(command(folder, tmp_path, "--streaming", "--shuffle_buffer", "50"))
     model = CJepaModel.from_pretrained(tmp_path)
@@ -396,6 +405,8 @@ def test_the_rollout_loss_can_go_on_after_the_history_for_longer_than_the_model_
     expected = model.token_loss(imagined, longer["slots"][:, 3:7]).mean()
     torch.testing.assert_close(terms["rollout_loss"], expected.detach())
     torch.testing.assert_close(loss, plain + 0.5 * expected)
+    with pytest.raises(ValueError, match="windows of 4 frames: rollout_steps=4 after a history of 3 needs 7"):
+        world_model_loss(model, args, STATISTICS)(model, batch)
     with pytest.raises(ValueError, match="rollout_steps must be at least 0"):
         arguments("--rollout_steps", "-1")
 

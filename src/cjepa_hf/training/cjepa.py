@@ -269,6 +269,11 @@ def world_model_loss(
         terms = {name: getattr(output, name) for name in ("future_loss", "history_loss", "proprio_loss")}
         if args.rollout_weight and model.training:
             if args.rollout_steps:
+                if future.shape[1] < args.rollout_steps:
+                    raise ValueError(
+                        f"windows of {slots.shape[1]} frames: rollout_steps={args.rollout_steps} after a history of {length} "
+                        f"needs {length + args.rollout_steps}"
+                    )
                 observed, target = (first, length), future[:, : args.rollout_steps]
             else:
                 observed, target = (0, 1), slots[:, 1 : length + config.prediction_length]
