@@ -13,8 +13,9 @@ set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 out=${1:-runs/collisions}
 shift || true
-steps=${*:-collect slots world_model oc_jepa aloe aloe_text_only evaluate answers pixel_collect pixel_encoder pixel_slots \
-  pixel_world_model pixel_probe pixel_oc_jepa pixel_aloe pixel_evaluate pixel_answers}
+steps=${*:-collect slots world_model probe oc_jepa questions aloe aloe_text_only evaluate answers pixel_collect \
+  pixel_encoder pixel_slots pixel_world_model pixel_probe pixel_oc_jepa pixel_questions pixel_aloe pixel_evaluate \
+  pixel_answers}
 seed=${SEED:-0}
 mkdir -p "$out"
 
@@ -41,8 +42,16 @@ for step in $steps; do
     pixel_slots)  # frames are drawn from the states of the same scenes; 4,000 videos to train on
       cjepa-hf extract "$out/scenes" --encoder "$out/pixel_encoder" --output-dir "$out/pixel_slots" --num-frames 512000
       ;;
-    pixel_probe)  # with it, pipelines find the objects that questions name
-      cjepa-hf probe "$out/pixel_slots" --encoder "$out/pixel_encoder" --output-dir "$out/pixel_world_model"
+    *probe)  # with it, the objects that questions name are found
+      encoder=state
+      if [ "$step" = pixel_probe ]; then encoder=$out/pixel_encoder; fi
+      cjepa-hf probe "$out/$slots" --encoder "$encoder" --output-dir "$out/${step%probe}world_model"
+      ;;
+    *questions)  # the videos that predictive and counterfactual questions are answered from; 4,000 to train on
+      some=()
+      if [ "$step" = questions ]; then some=(--num-videos 4000); fi
+      cjepa-hf imagine "$out/$slots" --questions "$out/scenes" --model "$out/${step%questions}world_model" "${some[@]}" \
+        --output-dir "$out/${step%questions}question_videos"
       ;;
     *world_model | *oc_jepa)
       masks=()
@@ -60,16 +69,16 @@ for step in $steps; do
         --output "$out/${step%evaluate}cf_rollout.json"
       ;;
     *aloe | aloe_text_only)
-      zeros=()
-      # without slots one frame of zeros says as much as 25, in a fifth of the time
-      if [ "$step" = aloe_text_only ]; then zeros=(--text_only true --num_frames 1); fi
-      python "$here/train_aloe.py" "$here/aloe/small.yaml" --dataset "$out/$slots" \
+      zeros=() videos=${step%aloe}question_videos
+      # without slots one frame of zeros says as much as 25, in a fraction of the time
+      if [ "$step" = aloe_text_only ]; then zeros=(--text_only true --num_frames 1) videos=$slots; fi
+      python "$here/train_aloe.py" "$here/aloe/small.yaml" --dataset "$out/$videos" \
         --questions "$out/scenes/questions/train.json" \
         --validation_questions "$out/scenes/questions/validation.json" --output_dir "$out/$step" --seed "$seed" "${zeros[@]}"
       ;;
     *answers)
       python -m cjepa_hf.evaluation.clevrer "$out/${step%answers}aloe" --text_only "$out/aloe_text_only" \
-        --dataset "$out/$slots" --split test --questions "$out/scenes/questions/test.json" \
+        --dataset "$out/${step%answers}question_videos" --split test --questions "$out/scenes/questions/test.json" \
         --training_questions "$out/scenes/questions/train.json" --output "$out/$step.json"
       ;;
     *) echo "unknown step $step" >&2; exit 2 ;;

@@ -127,6 +127,26 @@ def _parser() -> argparse.ArgumentParser:
     _common(sub)
 
     sub = command(
+        "imagine", imagine_questions,
+        "Imagine the videos that predictive and counterfactual questions ask about, to train and evaluate an ALOE on.",
+    )  # fmt: skip
+    sub.add_argument("dataset", help="slot dataset with one episode per video")
+    sub.add_argument("--questions", required=True, help="folder with the question files of its splits")
+    sub.add_argument("--model", required=True, help="folder or Hub id of a CJepaModel without actions")
+    sub.add_argument("--probe", help="folder with slot_probe.safetensors (default: that of the model)")
+    sub.add_argument("--output-dir", required=True)
+    sub.add_argument("--splits", nargs="+", help="only these (default: all)")
+    sub.add_argument(
+        "--num-videos", type=int, metavar="N", help="only the first N videos of the split train (default: all)"
+    )
+    sub.add_argument("--num-frames", type=int, default=32, help="imagined after a video (default: %(default)s)")
+    sub.add_argument(
+        "--contact-distance", type=float, default=0.75,
+        help="between centers, where a removed object's first contact is; what if begins there (default: %(default)s)",
+    )  # fmt: skip
+    _common(sub)
+
+    sub = command(
         "train", train, "Train a model; what follows its name is that training's own arguments.", add_help=False
     )
     sub.add_argument(
@@ -447,6 +467,35 @@ def probe(arguments, _) -> None:
     print(f"Wrote {path}. On {quality['num_test_videos']} videos of the split validation:")
     for name, value in quality.items():
         print(f"  {name:24} {value:.4g}" if isinstance(value, float) else f"  {name:24} {value}")
+
+
+def imagine_questions(arguments, _) -> None:
+    from cjepa_hf import CJepaModel, SlotProbe
+    from cjepa_hf.data.clevrer import read_json
+    from cjepa_hf.data.slots import METADATA_FILE
+    from cjepa_hf.question_videos import describe_skipped, write_question_videos
+
+    model = CJepaModel.from_pretrained(arguments.model, use_safetensors=True).eval().to(_device(arguments))
+    folder = write_question_videos(
+        arguments.dataset,
+        arguments.questions,
+        model,
+        arguments.output_dir,
+        probe=SlotProbe.from_pretrained(arguments.probe or arguments.model),
+        contact_distance=arguments.contact_distance,
+        splits=arguments.splits,
+        num_future_frames=arguments.num_frames,
+        num_videos={"train": arguments.num_videos} if arguments.num_videos else None,
+        world_model_name=Path(arguments.model).resolve().name if Path(arguments.model).exists() else arguments.model,
+        progress=not arguments.json,
+    )
+    metadata = read_json(folder / METADATA_FILE)
+    if arguments.json:
+        print(json.dumps(metadata))
+        return
+    print(f"Slots in {folder}")
+    if metadata["skipped"]:
+        print(describe_skipped(metadata["skipped"]))
 
 
 def train(arguments, rest) -> None:

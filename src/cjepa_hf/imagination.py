@@ -33,6 +33,7 @@ __all__ = [
     "first_contact",
     "imagine",
     "is_empty",
+    "remove_object",
 ]
 
 # A slot: one number for all scenes, or one per scene [B].
@@ -315,6 +316,58 @@ def extend_video(
         model, slots, num_frames=num_frames, frame_skip=skip, match_slots=match_slots, batch_size=batch_size
     )
     return torch.cat([slots.to(result.factual), result.factual], dim=1)
+
+
+@torch.no_grad()
+def remove_object(
+    model: CJepaModel,
+    slots: torch.Tensor,
+    slot: torch.Tensor,
+    first: torch.Tensor,
+    *,
+    empty_slot: torch.Tensor,
+    frame_skip: int | None = None,
+    match_slots: bool = False,
+    batch_size: int = 256,
+) -> torch.Tensor:
+    """
+    Videos [B, T, N, D] as they would be without an object, [B, T, N, D]: what was observed with its slot empty before a
+    frame, imagined from there on. Objects that enter later are shown to the model from the video when they do.
+
+    Args:
+        slot: int64 [B], the object.
+        first: int64 [B], first imagined frame; T: nothing is imagined. `first_contact` finds how long what was observed
+            holds without the object.
+        empty_slot: [D], what a slot without object looks like.
+        frame_skip: default: that of the model's configuration.
+    """
+    total, rows = slots.shape[1], torch.arange(len(slots), device=slots.device)
+    skip = model.config.frame_skip if frame_skip is None else frame_skip
+    empty = empty_slot.to(slots)
+    videos = slots.clone()
+    videos[rows, :, slot] = empty
+    going = (first < total).nonzero().squeeze(1)
+    if not len(going):
+        return videos
+    # those that begin together first: a batch imagines as far as its earliest one needs
+    for part in going[first[going].argsort(stable=True)].split(batch_size):
+        begun = first[part]
+        imagined = imagine(
+            model,
+            slots[part],
+            [Empty(slot[part])],
+            num_frames=int(total - begun.min()),
+            start=begun,
+            frame_skip=skip,
+            empty_slot=empty,
+            entries=True,
+            match_slots=match_slots,
+        ).slots[:, 0]
+        frame = torch.arange(total, device=slots.device) - begun[:, None]  # of the rollout; below 0: observed
+        chosen = imagined[torch.arange(len(part), device=slots.device)[:, None], frame.clamp(min=0)]
+        videos[part] = torch.where((frame >= 0)[..., None, None], chosen.to(videos), videos[part])
+    videos[rows, :, slot] = empty  # it is gone, whatever a rollout drifts to
+    return videos
 
 
 def is_empty(slots: torch.Tensor, empty_slot: torch.Tensor, tolerance: float = 0.1) -> torch.Tensor:

@@ -507,7 +507,7 @@ def test_videos_from_files_are_encoded_and_damaged_ones_named(tmp_path, caplog):
     (message,) = [r.getMessage() for r in caplog.records if "damaged" in r.message]
     assert "3 damaged episodes of clips" in message
     assert all(f"'{name}'" in message for name in ("broken", "empty", "pictures"))
-    assert "3 damaged episodes were left out" in (folder / "README.md").read_text()
+    assert "3 episodes were left out" in (folder / "README.md").read_text()
     assert str(tmp_path) not in (folder / METADATA_FILE).read_text()  # it may be published
     with pytest.raises(ValueError, match=r"'broken'.* is complete without them"):
         extract_slots(tmp_path / "clips", Encoder(), folder, strict=True, **SILENT)

@@ -30,7 +30,7 @@ def recorded():
         "input_ids": ids,
         "attention_mask": ~torch.cat([data["inputs.cls_q_pad_mask"], data["inputs.mc_q_pad_mask"]]),
         "is_option": torch.arange(17) >= 4,
-        "video_index": torch.cat([torch.arange(4), 4 + data["inputs.mc_flag"].long()]),
+        "question_index": torch.cat([torch.arange(4), 4 + data["inputs.mc_flag"].long()]),
         "labels": torch.cat([data["inputs.cls_label"], data["inputs.mc_label"].long()]),
         "question_type": torch.cat([torch.zeros(4, dtype=torch.long), data["inputs.mc_subtype"]]),
     }
@@ -192,6 +192,7 @@ def test_any_number_of_options_and_of_videos():
         video_index=[0, 1, 1],
     )
     assert inputs["input_ids"].shape == (5, 32) and inputs["video_index"].tolist() == [0, 1, 2, 2, 2]
+    assert inputs["question_index"].tolist() == [0, 1, 2, 2, 2]
     assert torch.equal(inputs["slots"][1], videos[1][[25, 29, 33, 37]])  # imagined: 24 more frames than 16
     assert torch.equal(inputs["slots"][2], videos[1][[1, 5, 9, 13]])
     with torch.no_grad():
@@ -204,6 +205,67 @@ def test_any_number_of_options_and_of_videos():
     alone = processor(videos[1], questions[2], options[1:2], "counterfactual")
     with torch.no_grad():
         torch.testing.assert_close(model(**alone).option_logits[0], output.option_logits[3])
+
+
+def test_questions_about_the_same_frames_share_them():
+    processor = AloeProcessor(num_frames=4, observed_frames=16)
+    video, option = torch.randn(40, 3, 8), ["The cube and the sphere collide"]
+    inputs = processor(
+        video,
+        ["How many collisions happen?", "What will happen next?", "What will happen without the cube?"],
+        [None, option, option * 2],
+        ["descriptive", "predictive", "counterfactual"],
+    )
+    assert len(inputs["slots"]) == 2  # observed frames, and those that end with the imagined ones
+    assert inputs["video_index"].tolist() == [0, 1, 0, 0] and inputs["question_index"].tolist() == [0, 1, 2, 2]
+
+
+def test_a_video_that_does_not_attend_to_text_is_the_same_model_with_a_mask():
+    model = tiny(video_attends_to_text=False, hidden_dropout=0, attention_dropout=0)
+    plain = AloeForVideoQuestionAnswering(AloeConfig(**TINY)).eval()
+    plain.load_state_dict(model.state_dict())
+    for parameter in (model.position_embedding, model.first_token):
+        torch.nn.init.normal_(parameter)
+    plain.load_state_dict(model.state_dict())
+    slots, ids = torch.randn(3, 4, 3, 8), torch.randint(1, 80, (11, 32))
+    ids[:, 9:20] = 0
+    ids[:5, 26:] = 0
+    video_index = torch.tensor([2, 0, 0, 2, 2, 2, 0, 2, 2, 1, 0])  # of 3 videos: 4, 1 and 6 texts, mixed
+    is_option = torch.arange(11) % 3 > 0
+    places = 1 + 12 + 32
+    vision = (torch.arange(places) >= 1) & (torch.arange(places) <= 12)
+
+    class Masked(torch.nn.Module):
+        """A layer whose slots do not see the first token and the words."""
+
+        def __init__(self, layer):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, states, mask, first_only=False):
+            return self.layer(states, mask & ~(vision[:, None] & ~vision) if not first_only else mask, first_only)
+
+    plain.layers = torch.nn.ModuleList([Masked(layer) for layer in plain.layers])
+    labels = torch.where(is_option, 1, torch.arange(11))
+    found = model(slots, ids, is_option=is_option, video_index=video_index, labels=labels)
+    expected = plain(slots, ids, is_option=is_option, video_index=video_index, labels=labels)
+    torch.testing.assert_close(found.answer_logits, expected.answer_logits)
+    torch.testing.assert_close(found.option_logits, expected.option_logits)
+    found.loss.backward()
+    expected.loss.backward()
+    for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, atol=1e-6, rtol=1e-4)
+    model.train()
+    model.activation_checkpointing_enable()
+    again = model(slots, ids, is_option=is_option, video_index=video_index, labels=labels)
+    torch.testing.assert_close(again.loss, found.loss)
+    model.zero_grad()
+    again.loss.backward()
+    torch.testing.assert_close(model.layers[0].fc1.weight.grad, plain.layers[0].layer.fc1.weight.grad)
+    half = model.eval().to(torch.bfloat16)(slots, ids, is_option=is_option, video_index=video_index)
+    torch.testing.assert_close(half.option_logits.float(), found.option_logits, atol=0.1, rtol=0.1)
+    with pytest.raises(ValueError, match="neither attentions nor hidden states"):
+        model(slots, ids, video_index=video_index, output_hidden_states=True)
 
 
 def test_bfloat16_agrees_and_checkpointing_and_compilation_work():

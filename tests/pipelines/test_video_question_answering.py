@@ -6,7 +6,7 @@ from transformers import pipeline
 from cjepa_hf import AloeConfig, AloeForVideoQuestionAnswering, AloeProcessor, CJepaConfig, CJepaModel
 from cjepa_hf.data.clevrer import scene_annotation, scene_predictions
 from cjepa_hf.imagination import Empty, extend_video, imagine
-from cjepa_hf.pipelines.video_question_answering import described_objects, question_type_of, removed_object
+from cjepa_hf.question_videos import described_objects, question_type_of, removed_object
 from cjepa_hf.simulators.collisions import sample_scene
 from cjepa_hf.simulators.questions import VideoTruth, make_questions
 from cjepa_hf.simulators.rendering import COLORS, MATERIALS, SHAPES

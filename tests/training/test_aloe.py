@@ -16,6 +16,7 @@ from cjepa_hf.models.aloe import AloeConfig, AloeForVideoQuestionAnswering, Aloe
 from cjepa_hf.training.aloe import (
     AloeTrainArguments,
     QuestionDataset,
+    QuestionsByVideo,
     build_model,
     main,
     question_loss,
@@ -162,7 +163,7 @@ def test_a_batch_equals_the_processor_question_by_question(data):
     chosen = [0, 2, 5, 7]
     batch = questions.__getitems__(chosen)
     counts = [len(questions.questions[i].get("choices", [0])) for i in chosen]
-    assert batch["video_index"].tolist() == np.repeat(np.arange(4), counts).tolist()
+    assert batch["question_index"].tolist() == np.repeat(np.arange(4), counts).tolist()
     rows = 0
     for place, index in enumerate(chosen):
         scene, question = questions.scenes[index], questions.questions[index]
@@ -170,7 +171,7 @@ def test_a_batch_equals_the_processor_question_by_question(data):
         slots = torch.from_numpy(video(scene["scene_index"])[0]["slots"])
         one = questions.processor(slots, question["question"], options, question["question_type"])
         part = slice(rows, rows + counts[place])
-        torch.testing.assert_close(batch["slots"][place], one["slots"][0])
+        torch.testing.assert_close(batch["slots"][batch["video_index"][rows]], one["slots"][0])
         assert torch.equal(batch["input_ids"][part], one["input_ids"])
         assert torch.equal(batch["attention_mask"][part], one["attention_mask"].bool())
         assert torch.equal(batch["is_option"][part], one["is_option"])
@@ -188,7 +189,8 @@ def test_predictive_questions_see_the_imagined_frames_and_only_they(data):
     questions = dataset_of(data, processor=processor)
     batch = questions.__getitems__(range(len(questions)))
     frames = batch["slots"][:, :, 0, -1]
-    predictive = batch["question_type"] == 2
+    predictive = torch.zeros(len(frames), dtype=torch.bool)
+    predictive[batch["video_index"][(batch["question_type"] == 2)[batch["question_index"]]]] = True
     assert (frames[predictive] == torch.tensor([4.0, 6.0]) / FRAMES).all() and predictive.any()
     assert (frames[~predictive] == torch.tensor([0.0, 2.0]) / FRAMES).all()
 
@@ -200,6 +202,19 @@ def test_random_starts_cover_all_first_frames_and_the_default_repeats(data):
     assert random.processor.num_starts == 4 and set(first.tolist()) == {0.0, 1.0, 2.0, 3.0}
     fixed = dataset_of(data)
     assert (fixed.__getitems__(range(100))["slots"][:, 0, 0, -1] * FRAMES == 1).all()
+
+
+def test_grouped_by_video_every_question_comes_once_with_its_video(data):
+    questions = dataset_of(data)
+    grouped = QuestionsByVideo(questions)
+    assert len(grouped) == len({scene["scene_index"] for scene in questions.scenes})
+    for index, group in enumerate(grouped.groups):
+        assert len(set(questions.episode[group].tolist())) == 1
+        batch, expected = grouped.__getitems__([index]), questions.__getitems__(group)
+        assert all(torch.equal(batch[name], expected[name]) for name in expected)
+    assert sorted(np.concatenate(grouped.groups).tolist()) == list(range(len(questions)))
+    both = grouped.__getitems__([1, 0])
+    assert both["labels"].tolist() == [label for i in (1, 0) for label in grouped.__getitems__([i])["labels"].tolist()]
 
 
 def test_a_pickled_or_selected_dataset_gives_the_same_batches(data):
@@ -228,7 +243,7 @@ def test_metrics_are_means_over_questions_and_options_whatever_the_batches(data)
         output = model(**{name: batch[name] for name in batch if name != "question_type"})
     solved, hits, kinds = [], [], []
     for index in range(len(questions)):
-        rows = batch["video_index"] == index
+        rows = batch["question_index"] == index
         if "choices" in questions.questions[index]:
             hits.append(((output.option_logits[rows] > 0) == (batch["labels"][rows] == 1)).tolist())
         else:

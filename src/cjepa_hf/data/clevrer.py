@@ -235,6 +235,26 @@ def write_submission(
 # Files of our own scenes
 
 
+def video_names(scene: Mapping[str, Any]) -> list[str]:
+    """Names under which the slots of a scene's video may be stored, the likeliest first."""
+    names = []
+    if scene.get("video_filename"):
+        path = Path(scene["video_filename"])
+        names += [path.stem, path.name]
+    if scene.get("scene_index") is not None:
+        number = scene["scene_index"]
+        names += [f"{number}_pixels.mp4", f"{number}_pixels", str(number)]
+    return names
+
+
+def question_episode(episode_id: str, question_id: int | str) -> str:
+    """
+    Name of the video that a counterfactual question is answered from, where there is one
+    (`cjepa_hf.question_videos` imagines them).
+    """
+    return f"{episode_id}_question_{question_id}"
+
+
 def video_filename(index: int) -> str:
     return f"video_{index:05d}.mp4"
 

@@ -761,7 +761,11 @@ def _card(metadata: dict, folder: Path) -> str:
     pictures = sorted((folder / PREVIEW_FOLDER).glob("*.png"))
     masks = "".join(f"![{path.stem}]({PREVIEW_FOLDER}/{quote(path.name)})\n" for path in pictures)
     masks = f"\nFrames, and the slot that has most of each pixel:\n\n{masks}" if masks else ""
-    left_out = f"\n{len(metadata['skipped'])} damaged episodes were left out.\n" if metadata["skipped"] else ""
+    left_out = (
+        f"\n{len(metadata['skipped'])} episodes were left out (`skipped` in {METADATA_FILE} says why).\n"
+        if metadata["skipped"]
+        else ""
+    )
     files = "".join(f"  - split: {split}\n    path: data/{split}-*.parquet\n" for split in metadata["splits"])
     rows = "".join(
         f"| {split} | {count['num_episodes']} | {count['num_frames']} |\n"

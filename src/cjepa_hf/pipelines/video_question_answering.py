@@ -1,16 +1,16 @@
 """`pipeline("video-question-answering")`: answers to questions about a video, from slots that were seen or imagined."""
 
 import os
-import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from transformers import Pipeline
 
-from cjepa_hf.imagination import Empty, extend_video, first_contact, imagine
-from cjepa_hf.models.aloe import QUESTION_TYPES, AloeForVideoQuestionAnswering, AloeProcessor
+from cjepa_hf.imagination import extend_video, remove_object
+from cjepa_hf.models.aloe import AloeForVideoQuestionAnswering, AloeProcessor
 from cjepa_hf.models.cjepa import CJepaModel
+from cjepa_hf.question_videos import described_objects, first_imagined_frame, question_type_of, removed_object
 
 from .counterfactual_rollout import find_probe, find_slot, video_slots
 from .goal_planning import _default_image_processor
@@ -27,7 +27,6 @@ _FORWARD_PARAMETERS = (
     "match_slots",
 )
 _FRAMES_FROM = ("imagined", "released", "observed")
-_REMOVED = re.compile(r"\bwithout the ([^,?]+)|\bif the ([^,?]+?) is removed", re.IGNORECASE)
 
 
 class VideoQuestionAnsweringPipeline(Pipeline):
@@ -221,7 +220,14 @@ class VideoQuestionAnsweringPipeline(Pipeline):
                 [self._removed_slot(questions[i], slots[:observed]) for i in rows], device=slots.device
             )
             first = self._branches(slots[:observed], gone, branch, contact_distance, rollout["frame_skip"])
-            without = self._without(slots[:observed], gone, first, empty, rollout)
+            without = remove_object(
+                self.world_model,
+                slots[:observed].expand(len(gone), -1, -1, -1),
+                gone,
+                first,
+                empty_slot=empty,
+                **rollout,
+            )
             names = None if self.probe is None else self.probe.describe(slots[:observed])
             for row, i in enumerate(rows):
                 place[i], imagined_from[i] = len(videos) + row, int(first[row])
@@ -305,32 +311,7 @@ class VideoQuestionAnsweringPipeline(Pipeline):
                 "branch='contact' needs positions: a slot encoder or a probe that tells them, or branch='start'"
             )
         present = None if self.probe is None else self.probe.present(slots).expand(len(gone), -1, -1)
-        contact = first_contact(positions.expand(len(gone), -1, -1, -1), gone, contact_distance, present)
-        return torch.where(contact < 0, total, contact.clamp(min=skip))
-
-    def _without(self, slots, gone, first, empty, rollout) -> torch.Tensor:
-        """Videos [R, T, N, D] without an object: observed frames with its slot empty, imagined ones from `first` on."""
-        total, rows = len(slots), torch.arange(len(gone), device=slots.device)
-        videos = slots.expand(len(gone), -1, -1, -1).clone()
-        videos[rows, :, gone] = empty
-        going = first < total
-        if going.any():
-            begun = first[going]
-            result = imagine(
-                self.world_model,
-                slots.expand(len(begun), -1, -1, -1),
-                [Empty(gone[going])],
-                num_frames=int(total - begun.min()),
-                start=begun,
-                empty_slot=empty,
-                entries=True,
-                **rollout,
-            ).slots[:, 0]
-            frame = torch.arange(total, device=slots.device) - begun[:, None]  # of the rollout; below 0: observed
-            chosen = result[torch.arange(len(begun), device=slots.device)[:, None], frame.clamp(min=0)]
-            videos[going] = torch.where((frame >= 0)[..., None, None], chosen.to(videos), videos[going])
-            videos[rows, :, gone] = empty  # it is gone, whatever a rollout drifts to
-        return videos
+        return first_imagined_frame(positions.expand(len(gone), -1, -1, -1), gone, contact_distance, skip, present)
 
     def _notes(self, question, slots) -> list[str]:
         """Objects of the options that the video does not show, or shows twice."""
@@ -372,53 +353,3 @@ class VideoQuestionAnsweringPipeline(Pipeline):
                 }
             )
         return results[0] if raw["single"] else results
-
-
-def question_type_of(question: str, options: list[str] | None, given: str | None = None) -> str:
-    """
-    The type of a question in CLEVRER's language: without options descriptive; about what is responsible explanatory; about
-    something removed counterfactual; about what happens next predictive. `ValueError` if it cannot be told, or if what is
-    `given` does not fit the options.
-    """
-    if given is not None and given not in QUESTION_TYPES:
-        raise ValueError(f"question_type={given!r}: expected one of {', '.join(QUESTION_TYPES)}")
-    if not isinstance(question, str):
-        raise ValueError(f"question is {question!r}: expected a text")
-    if given is None:
-        words = question.lower()
-        if options is None:
-            if found := re.search(r"\b(responsible|without|removed|will)\b", words):
-                raise ValueError(f"{question!r} (with {found[0]!r}) is no descriptive question: give its options")
-            given = "descriptive"
-        elif "responsible" in words:
-            given = "explanatory"
-        elif "without" in words or "removed" in words:
-            given = "counterfactual"
-        elif "next" in words:
-            given = "predictive"
-        else:
-            raise ValueError(f"the type of {question!r} cannot be told from its words: pass question_type")
-    if (given == "descriptive") != (options is None):
-        raise ValueError(
-            f"{given} questions have {'no options' if given == 'descriptive' else 'options'}: {question!r}"
-        )
-    return given
-
-
-def removed_object(question: str) -> str:
-    """The words for what a counterfactual question takes away: "What happens without the red cube?" -> "red cube"."""
-    found = _REMOVED.search(question)
-    if found is None:
-        raise ValueError(
-            f'{question!r} does not say which object is gone: expected "without the ..." or "if the ... is removed", or '
-            "removed_slot"
-        )
-    return (found[1] or found[2]).strip()
-
-
-def described_objects(text: str, attributes: Mapping[str, tuple[str, ...]]) -> list[str]:
-    """The objects that an option names: "the red cube's entrance" -> ["red cube"]."""
-    values = [value for name in attributes if name != "shape" for value in attributes[name]]
-    nouns = [*attributes.get("shape", ()), "object"]
-    pattern = rf"\bthe ((?:(?:{'|'.join(values) or 'x^'}) )*(?:{'|'.join(nouns)}))\b"
-    return re.findall(pattern, text, re.IGNORECASE)

@@ -29,6 +29,9 @@ class AloeConfig(PreTrainedConfig):
         hidden_dropout, attention_dropout (`float`, defaults to 0.1): Dropout after attention and in the feed-forward
             part, and of the attention weights. On a CPU, attention is several times as fast in training without.
         layer_norm_eps (`float`, defaults to 1e-5): Epsilon of the layer norms.
+        video_attends_to_text (`bool`, defaults to `True`): Slots attend to the words too, as in the released code. With
+            `False` they attend to slots alone, so a video is encoded once for all of its questions and options: with
+            CLEVRER's 17 texts per video several times as fast, in training and in answering.
 
     Unknown keys are a ValueError that names the nearest field.
     """
@@ -51,6 +54,7 @@ class AloeConfig(PreTrainedConfig):
     hidden_dropout: float | int = 0.1
     attention_dropout: float | int = 0.1
     layer_norm_eps: float | int = 1e-5
+    video_attends_to_text: bool = True
 
     def __post_init__(self, **kwargs):
         check_keys(self, kwargs)

@@ -72,10 +72,29 @@ def question_losses(
     )
 
 
+# Texts of one video that read its slots together, where videos are encoded once.
+TEXTS_AT_ONCE = 4
+
+
+def _text_rows(video_index: torch.Tensor, num_videos: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    Texts with videos `video_index` int64 [S], laid out in rows of TEXTS_AT_ONCE about the same video: row and column of
+    each text, int64 [S], and the video of each row.
+    """
+    order = video_index.argsort(stable=True)
+    counts = torch.bincount(video_index, minlength=num_videos)
+    rank = torch.empty_like(order)  # among the texts of its video
+    rank[order] = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts)[video_index[order]]
+    rows = (counts + TEXTS_AT_ONCE - 1) // TEXTS_AT_ONCE
+    row = (rows.cumsum(0) - rows)[video_index] + rank // TEXTS_AT_ONCE
+    return row, rank % TEXTS_AT_ONCE, torch.arange(num_videos, device=order.device).repeat_interleave(rows)
+
+
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """Attention that also returns its weights; query, key, value are [S, H, tokens, head_dim], the mask is bool."""
+    """Attention that also returns its weights; query, key, value are [S, H, tokens, head_dim], the mask is bool or None."""
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
-    scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    if attention_mask is not None:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
     weights = fast_dropout(weights, dropout, module.training)
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
@@ -93,7 +112,7 @@ class AloeAttention(nn.Module):
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden_states: torch.Tensor, mask: torch.Tensor, first_only: bool = False):
+    def forward(self, hidden_states: torch.Tensor, mask: torch.Tensor | None, first_only: bool = False):
         batch, _, size = hidden_states.shape
         if first_only:
             weight, bias = self.qkv.weight, self.qkv.bias
@@ -104,14 +123,46 @@ class AloeAttention(nn.Module):
         query, key, value = (x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x in (query, key, value))
         dropout = self.config.attention_dropout if self.training else 0.0
         implementation = self.config._attn_implementation
-        if implementation == "sdpa" and dropout and hidden_states.device.type == "cpu":
-            attention = eager_attention_forward  # on a CPU the fused kernel has no dropout
+        on_cpu = implementation == "sdpa" and self.training and query.device.type == "cpu"
+        if on_cpu and (dropout or query.dtype == torch.bfloat16):
+            # on a CPU the fused kernel has no dropout, and in bfloat16 its backward takes several times as long
+            attention = eager_attention_forward
         else:
             attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         output, weights = attention(
             self, query, key, value, mask, dropout=dropout, scaling=self.scaling, is_causal=False
         )
         return self.out_proj(output.reshape(batch, -1, size)), weights
+
+    def read_video(self, text, words, video, text_video, first_only: bool) -> torch.Tensor:
+        """
+        The attention of texts [B, Q, L, size] to all slots of their video and to their own words (bool [B, Q, L]), in one
+        softmax: [B, Q, L or 1, size]. `video` is [V, P, size], `text_video` int64 [B] the video of each Q texts.
+        """
+        size = text.shape[-1]
+        slots = F.linear(video, self.qkv.weight[size:], self.qkv.bias[size:])[text_video]
+        query, key, value = (
+            x.unflatten(-1, (-1, self.head_dim)).movedim(3, 1) for x in self.qkv(text).chunk(3, dim=-1)
+        )  # [B, H, Q, L, head_dim]
+        if first_only:
+            query = query[:, :, :, :1]
+        slot_key, slot_value = (x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x in slots.chunk(2, dim=-1))
+        shape, places = query.shape[2:4], slot_key.shape[2]
+        scores = torch.cat(
+            [
+                torch.matmul(query.flatten(2, 3), slot_key.transpose(2, 3)).unflatten(2, shape),
+                torch.matmul(query, key.transpose(3, 4)).masked_fill(
+                    ~words[:, None, :, None], torch.finfo(query.dtype).min
+                ),
+            ],
+            dim=-1,
+        )
+        weights = (scores * self.scaling).softmax(dim=-1, dtype=torch.float32).to(value.dtype)
+        dropout = self.config.attention_dropout if self.training else 0.0
+        weights = fast_dropout(weights, dropout, self.training)
+        seen = torch.matmul(weights[..., :places].flatten(2, 3), slot_value).unflatten(2, shape)
+        output = seen + torch.matmul(weights[..., places:], value)
+        return self.out_proj(output.movedim(1, 3).flatten(3))
 
 
 class AloeLayer(GradientCheckpointingLayer):
@@ -126,10 +177,26 @@ class AloeLayer(GradientCheckpointingLayer):
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
         self.dropout = config.hidden_dropout
 
-    def forward(self, hidden_states: torch.Tensor, mask: torch.Tensor, first_only: bool = False) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, mask: torch.Tensor | None, first_only: bool = False, text=None):
+        """
+        Tokens [S, tokens, size] -> the same, or only the first. With `text` = (texts [B, Q, L, size], words bool [B, Q, L],
+        the videos of the B) `hidden_states` are videos that see no text: (videos, texts), the videos None from the last.
+        """
+        if text is not None:
+            states, words, text_video = text
+            video = self.norm1(hidden_states)
+            attended = self.attention.read_video(self.norm1(states), words, video, text_video, first_only)
+            states = self._rest(states[:, :, :1] if first_only else states, attended)
+            if first_only:
+                return None, states
+            attended, _ = self.attention(video, mask)
+            return self._rest(hidden_states, attended), states
         attended, _ = self.attention(self.norm1(hidden_states), mask, first_only)
         if first_only:
             hidden_states = hidden_states[:, :1]
+        return self._rest(hidden_states, attended)
+
+    def _rest(self, hidden_states: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         hidden_states = hidden_states + fast_dropout(attended, self.dropout, self.training)
         changed = fast_dropout(F.relu(self.fc1(self.norm2(hidden_states))), self.dropout, self.training)
         return hidden_states + fast_dropout(self.fc2(changed), self.dropout, self.training)
@@ -237,6 +304,28 @@ class AloeForVideoQuestionAnswering(SafePreTrainedModel):
                 f"{len(slots)} videos and {len(input_ids)} text sequences: pass video_index, the video of each sequence."
             )
 
+    def _encode_videos_once(self, first, vision, text, words, video_index) -> torch.Tensor:
+        """The first token [S, size] after all layers, where videos [V, P, size] see no text [S, L, size]."""
+        places = vision.shape[1]
+        position = self.position_embedding
+        video = vision + position[1 : 1 + places]
+        states = torch.cat([first + position[:1], text + position[1 + places :]], dim=1)
+        words = F.pad(words, (1, 0), value=True)
+        # padding leaves: what is read goes first, in order, and as many places stay as the longest text has
+        order = (~words).byte().argsort(dim=1, stable=True)[:, : int(words.sum(1).max())]
+        states = states.gather(1, order[..., None].expand(-1, -1, states.shape[-1]))
+        words = words.gather(1, order)
+        # texts of one video stand side by side, TEXTS_AT_ONCE to a row, so that its slots are not copied for each
+        row, column, text_video = _text_rows(video_index, len(vision))
+        rows = states.new_zeros(len(text_video), TEXTS_AT_ONCE, *states.shape[1:])
+        rows[row, column] = states
+        seen = words.new_zeros(len(text_video), TEXTS_AT_ONCE, words.shape[1])
+        seen[..., 0] = True  # also where no text is
+        seen[row, column] = words
+        for index, layer in enumerate(self.layers):
+            video, rows = layer(video, None, index == len(self.layers) - 1, (rows, seen, text_video))
+        return rows[row, column, 0]
+
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
@@ -247,6 +336,7 @@ class AloeForVideoQuestionAnswering(SafePreTrainedModel):
         *,
         is_option: torch.Tensor | None = None,
         video_index: torch.Tensor | None = None,
+        question_index: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         **kwargs,
     ) -> AloeOutput:
@@ -269,6 +359,10 @@ class AloeForVideoQuestionAnswering(SafePreTrainedModel):
         """
         self._check(slots, input_ids, attention_mask, is_option, video_index, labels)
         config = self.config
+        if not config.video_attends_to_text and (
+            kwargs.get("output_attentions") or kwargs.get("output_hidden_states")
+        ):
+            raise ValueError("with video_attends_to_text=False neither attentions nor hidden states are recorded.")
         if is_option is None:
             is_option = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
         is_option = is_option.bool()
@@ -277,8 +371,6 @@ class AloeForVideoQuestionAnswering(SafePreTrainedModel):
         slots = slots.to(self.dtype)
         vision = F.pad(F.pad(slots, (0, 1)), (0, 1), value=1.0)  # the flags 0, 1
         vision = self.slot_projection(vision).flatten(1, 2)  # projected once per video, not per sequence
-        if video_index is not None:
-            vision = vision[video_index]
         text = self.word_embedding(input_ids)
         place = torch.arange(config.max_text_length, device=input_ids.device)
         is_question = is_option[:, None] & (place < config.max_question_length)
@@ -286,13 +378,18 @@ class AloeForVideoQuestionAnswering(SafePreTrainedModel):
             [is_question, ~is_question, torch.ones_like(is_question), torch.zeros_like(is_question)], -1
         )
         text = self.word_projection(torch.cat([text, flags.to(text.dtype)], dim=-1))
-        states = torch.cat([self.first_token.expand(len(text), 1, -1), vision, text], dim=1) + self.position_embedding
-
-        seen = words.new_ones(len(words), states.shape[1] - words.shape[1])
-        mask = torch.cat([seen, words], dim=1)[:, None, None]
-        for index, layer in enumerate(self.layers):
-            states = layer(states, mask, index == len(self.layers) - 1)
-        first = states[:, 0]
+        first = self.first_token.expand(len(text), 1, -1)
+        if video_index is None:
+            video_index = torch.arange(len(text), device=text.device)
+        if config.video_attends_to_text:
+            states = torch.cat([first, vision[video_index], text], dim=1) + self.position_embedding
+            seen = words.new_ones(len(words), states.shape[1] - words.shape[1])
+            mask = torch.cat([seen, words], dim=1)[:, None, None]
+            for index, layer in enumerate(self.layers):
+                states = layer(states, mask, index == len(self.layers) - 1)
+            first = states[:, 0]
+        else:
+            first = self._encode_videos_once(first, vision, text, words, video_index)
         answer_logits, option_logits = self.answer_head(first), self.option_head(first).squeeze(-1)
 
         loss = answer_loss = option_loss = None

@@ -48,7 +48,7 @@ class AloeProcessor(ProcessorMixin):
     ```
     """
 
-    model_input_names = ["slots", "input_ids", "attention_mask", "is_option", "video_index"]
+    model_input_names = ["slots", "input_ids", "attention_mask", "is_option", "video_index", "question_index"]
 
     def __init__(
         self,
@@ -199,9 +199,9 @@ class AloeProcessor(ProcessorMixin):
                 as many videos as questions.
 
         Returns:
-            `slots` float [Q, num_frames, N, D], one per question; `input_ids` [S, L], `attention_mask` [S, L],
-            `is_option` [S] and `video_index` [S] with one text sequence per descriptive question and per option, in
-            order; `video_index` also tells the question of a sequence.
+            `slots` float [V, num_frames, N, D], each video once for every choice of frames; `input_ids` [S, L],
+            `attention_mask` [S, L], `is_option` [S], `video_index` [S] (of `slots`) and `question_index` [S], with one text
+            sequence per descriptive question and per option, in order.
 
         Raises `ValueError` for unknown words, texts too long, videos too short and lists of unequal lengths.
         """
@@ -228,20 +228,22 @@ class AloeProcessor(ProcessorMixin):
         for kind in question_types:
             if kind not in (None, *QUESTION_TYPES):
                 raise ValueError(f"question type {kind!r}: expected one of {', '.join(QUESTION_TYPES)}.")
-        seen, texts = [], []
+        seen, texts, places = {}, [], []
         for question, choices, kind, place in zip(questions, options, question_types, video_index, strict=True):
             texts.append(self.encode_question(question, choices))
-            video = videos[place]
-            seen.append(video[torch.from_numpy(self.frame_indices(len(video), kind, start))])
+            frames = self.frame_indices(len(videos[place]), kind, start)
+            views = seen.setdefault((place, int(frames[0])), (len(seen), videos[place], frames))
+            places.append(views[0])
         counts = torch.tensor([len(text) for text in texts])
         input_ids = torch.from_numpy(np.concatenate(texts))
         return BatchFeature(
             {
-                "slots": torch.stack(seen),
+                "slots": torch.stack([video[torch.from_numpy(frames)] for _, video, frames in seen.values()]),
                 "input_ids": input_ids,
                 "attention_mask": (input_ids != 0).long(),
                 "is_option": torch.tensor([choices is not None for choices in options]).repeat_interleave(counts),
-                "video_index": torch.arange(len(questions)).repeat_interleave(counts),
+                "video_index": torch.tensor(places).repeat_interleave(counts),
+                "question_index": torch.arange(len(questions)).repeat_interleave(counts),
             }
         )
 
@@ -253,7 +255,7 @@ class AloeProcessor(ProcessorMixin):
         """
         answers = outputs.answer_logits.detach().float().cpu()[:, 1:].softmax(-1)
         correct = outputs.option_logits.detach().float().cpu().sigmoid()
-        question, is_option = inputs["video_index"].cpu(), inputs["is_option"].cpu()
+        question, is_option = inputs["question_index"].cpu(), inputs["is_option"].cpu()
         results = []
         for index in range(int(question.max()) + 1):
             rows = (question == index).nonzero().squeeze(1)

@@ -1,0 +1,215 @@
+"""
+The videos that questions in CLEVRER's language are answered from: what was observed, the same with imagined frames after it
+for what happens next, and for every "what if" the video without that object, as a world model imagines it.
+
+[`write_question_videos`] makes them for all questions of a slot dataset, to train and evaluate an ALOE on what
+`pipeline("video-question-answering")` shows it.
+"""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from .data.clevrer import ClevrerFolder, question_episode, read_json, video_names
+from .data.slots import METADATA_FILE, SlotDatasetWriter, frame_columns, load_slot_dataset, writer_arguments
+from .imagination import extend_video, first_contact, remove_object
+from .models.aloe import QUESTION_TYPES
+from .models.cjepa import CJepaModel
+from .slot_probe import SlotProbe
+
+__all__ = [
+    "described_objects",
+    "first_imagined_frame",
+    "question_type_of",
+    "removed_object",
+    "write_question_videos",
+]
+
+_REMOVED = re.compile(r"\bwithout the ([^,?]+)|\bif the ([^,?]+?) is removed", re.IGNORECASE)
+
+
+def question_type_of(question: str, options: list[str] | None, given: str | None = None) -> str:
+    """
+    The type of a question in CLEVRER's language: without options descriptive; about what is responsible explanatory; about
+    something removed counterfactual; about what happens next predictive. `ValueError` if it cannot be told, or if what is
+    `given` does not fit the options.
+    """
+    if given is not None and given not in QUESTION_TYPES:
+        raise ValueError(f"question_type={given!r}: expected one of {', '.join(QUESTION_TYPES)}")
+    if not isinstance(question, str):
+        raise ValueError(f"question is {question!r}: expected a text")
+    if given is None:
+        words = question.lower()
+        if options is None:
+            if found := re.search(r"\b(responsible|without|removed|will)\b", words):
+                raise ValueError(f"{question!r} (with {found[0]!r}) is no descriptive question: give its options")
+            given = "descriptive"
+        elif "responsible" in words:
+            given = "explanatory"
+        elif "without" in words or "removed" in words:
+            given = "counterfactual"
+        elif "next" in words:
+            given = "predictive"
+        else:
+            raise ValueError(f"the type of {question!r} cannot be told from its words: pass question_type")
+    if (given == "descriptive") != (options is None):
+        raise ValueError(
+            f"{given} questions have {'no options' if given == 'descriptive' else 'options'}: {question!r}"
+        )
+    return given
+
+
+def removed_object(question: str) -> str:
+    """The words for what a counterfactual question takes away: "What happens without the red cube?" -> "red cube"."""
+    found = _REMOVED.search(question)
+    if found is None:
+        raise ValueError(
+            f'{question!r} does not say which object is gone: expected "without the ..." or "if the ... is removed", or '
+            "removed_slot"
+        )
+    return (found[1] or found[2]).strip()
+
+
+def described_objects(text: str, attributes: Mapping[str, tuple[str, ...]]) -> list[str]:
+    """The objects that an option names: "the red cube's entrance" -> ["red cube"]."""
+    values = [value for name in attributes if name != "shape" for value in attributes[name]]
+    nouns = [*attributes.get("shape", ()), "object"]
+    pattern = rf"\bthe ((?:(?:{'|'.join(values) or 'x^'}) )*(?:{'|'.join(nouns)}))\b"
+    return re.findall(pattern, text, re.IGNORECASE)
+
+
+def first_imagined_frame(
+    positions: torch.Tensor, gone: torch.Tensor, distance: float, skip: int, present: torch.Tensor | None = None
+) -> torch.Tensor:
+    """
+    Frame from which on a video must be imagined where object `gone` int64 [R] is taken away, int64 [R]: its first contact
+    (see [`first_contact`]; positions [R, T, N, 2], present [R, T, N]), but not before frame `skip`, as the model needs a
+    step of history; T if it touches nothing.
+    """
+    contact = first_contact(positions, gone, distance, present)
+    return torch.where(contact < 0, positions.shape[1], contact.clamp(min=skip))
+
+
+def write_question_videos(
+    dataset: str | os.PathLike,
+    questions: str | os.PathLike,
+    world_model: CJepaModel,
+    output_dir: str | os.PathLike,
+    *,
+    probe: SlotProbe,
+    contact_distance: float,
+    splits: Sequence[str] | None = None,
+    num_future_frames: int = 32,
+    num_videos: dict[str, int] | None = None,
+    world_model_name: str | None = None,
+    batch_size: int = 64,
+    frames_per_file: int = 16384,
+    progress: bool = True,
+) -> Path:
+    """
+    Write a slot dataset with the videos that all questions are answered from: every video of `dataset` with
+    `num_future_frames` imagined frames after it, and for every counterfactual question the video without the object that
+    it names (`question_episode`), imagined from the object's first contact on.
+
+    Args:
+        dataset: slot dataset whose episodes are named after videos, all of one length.
+        questions: folder with the question files of its splits (as `cjepa-hf collect collisions` writes them).
+        probe: finds objects by words, and tells positions and what an empty slot looks like.
+        contact_distance: between centers, see [`first_contact`].
+        num_videos: for a split, how many videos to take (default: all).
+        world_model_name: for the metadata.
+        batch_size: videos at a time.
+
+    A question whose object is not found is listed with the reason under `skipped` in the metadata, and has no video.
+    Interrupted, it goes on after the last finished file; of a finished folder made with the same arguments nothing is
+    written again.
+    """
+    folder, output_dir = ClevrerFolder(questions), Path(output_dir)
+    metadata = read_json(Path(dataset) / METADATA_FILE)
+    chosen = [split for split in metadata["splits"] if splits is None or split in splits]
+    if not chosen or (splits is not None and set(splits) - set(chosen)):
+        raise ValueError(f"splits are {list(splits or [])}: {dataset} has {', '.join(metadata['splits'])}")
+    if probe.empty_slot is None:
+        raise ValueError("the probe does not know what an empty slot looks like: fit it with slots without object")
+    if not probe.has_positions:
+        raise ValueError("the probe tells no positions, and contacts are found with them: fit it with positions")
+    if world_model.config.action_size:
+        raise ValueError("the world model takes actions, which nobody takes in these videos: use one without")
+    skip = world_model.config.frame_skip
+    arguments = {
+        "frame_skip": metadata["frame_skip"],
+        "encoder": metadata["encoder"],
+        "source": {
+            "name": Path(dataset).resolve().name,
+            "fingerprint": metadata["fingerprint"],
+            "world_model": world_model_name,
+            "num_future_frames": num_future_frames,
+            "contact_distance": contact_distance,
+            "num_videos": num_videos,
+            "splits": chosen,
+        },
+        "fps": metadata["fps"],
+    }
+    if (output_dir / METADATA_FILE).is_file():
+        there = read_json(output_dir / METADATA_FILE)
+        if all(there.get(name) == value for name, value in writer_arguments(**arguments).items()):
+            return output_dir
+        raise FileExistsError(f"{output_dir} is a finished dataset made with other arguments: choose another folder")
+    writer = SlotDatasetWriter(output_dir, frames_per_file=frames_per_file, **arguments)
+    for split in chosen:
+        data = load_slot_dataset(dataset, split)
+        column = frame_columns(data.data, ["slots"])["slots"]
+        names = data.data.with_format(None)["episode_id"]
+        scenes = {name: scene for scene in folder.questions(split) for name in video_names(scene)}
+        wanted = list(range(len(data)))[: (num_videos or {}).get(split)]
+        lengths = {int(data.lengths[index]) for index in wanted}
+        if len(lengths) != 1:
+            raise ValueError(f"videos of {dataset} have {min(lengths)} to {max(lengths)} frames: expected one length")
+        done, frames = writer.finished(split), np.arange(lengths.pop())
+        bar = tqdm(range(0, len(wanted), batch_size), desc=f"imagining, {split}", unit="batch", disable=not progress)
+        for start in bar:
+            part = np.array(wanted[start : start + batch_size])
+            waiting: list[tuple[int, str, int]] = []  # video in this part, name, slot
+            slots = torch.from_numpy(column.gather(part, np.tile(frames, (len(part), 1))))
+            slots = slots.to(world_model.device)
+            for row, index in enumerate(part):
+                for question in scenes.get(names[index], {"questions": ()})["questions"]:
+                    if question["question_type"] != "counterfactual":
+                        continue
+                    name = question_episode(names[index], question["question_id"])
+                    try:
+                        waiting.append((row, name, probe.find(slots[row], removed_object(question["question"]))))
+                    except ValueError as error:
+                        writer.skipped.append({"episode_id": name, "split": split, "reason": str(error)})
+            made = [(names[index], row) for row, index in enumerate(part)]
+            if all(name in done for name in [n for n, _ in made] + [n for _, n, _ in waiting]):
+                continue
+            videos = extend_video(world_model, slots, num_frames=num_future_frames, frame_skip=skip).cpu().numpy()
+            for name, row in made:
+                if name not in done:
+                    writer.write(split, {"episode_id": name, "slots": videos[row]})
+            if waiting:
+                rows = torch.tensor([row for row, _, _ in waiting], device=slots.device)
+                gone = torch.tensor([slot for _, _, slot in waiting], device=slots.device)
+                positions, present = probe.positions(slots)[rows], probe.present(slots)[rows]
+                first = first_imagined_frame(positions, gone, contact_distance, skip, present)
+                without = remove_object(
+                    world_model, slots[rows], gone, first, empty_slot=probe.empty_slot, frame_skip=skip
+                )
+                for (_, name, _), video in zip(waiting, without.cpu().numpy(), strict=True):
+                    if name not in done:
+                        writer.write(split, {"episode_id": name, "slots": video})
+    return writer.close()
+
+
+def describe_skipped(skipped: Sequence[Mapping[str, Any]]) -> str:
+    """One line about the counterfactual questions without video; empty where there are none."""
+    if not skipped:
+        return ""
+    return f"{len(skipped)} counterfactual questions have no video, such as {skipped[0]['episode_id']}: {skipped[0]['reason']}"
