@@ -410,7 +410,10 @@ def test_an_unreadable_image_is_named(root, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--protocol", "pusht-26"], "expected one of ['cf-rollout', 'pusht-25', 'pusht-25-validation']"),
+        (
+            ["--protocol", "pusht-26"],
+            "expected one of ['cf-rollout', 'cf-rollout-validation', 'pusht-25', 'pusht-25-validation']",
+        ),
         (["--num-tasks", 0], "has 200 tasks"),
         (["--num-tasks", 1, "--planner", "best"], "expected default, paper or cem"),
         (["--device", "cuda:77"], "leave --device out"),

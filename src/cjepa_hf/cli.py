@@ -160,7 +160,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--model", nargs="+", help="folder or Hub id (default: the shipped one); cf-rollout: any number")
     sub.add_argument("--suite", metavar="NAME", help="train and compare world models instead (push-t, masking, auxiliary, "
                      "flags); the other arguments are then those of `cjepa-hf evaluate --suite push-t --help`")  # fmt: skip
-    sub.add_argument("--protocol", default="pusht-25", help="pusht-25 or cf-rollout (default: %(default)s)")
+    sub.add_argument("--protocol", default="pusht-25", help="pusht-25 or cf-rollout; with -validation after it other tasks, to choose settings on "
+                     "(default: %(default)s)")  # fmt: skip
     sub.add_argument("--num-tasks", type=int, help="only the first tasks (default: all)")
     sub.add_argument("--dataset", help="cf-rollout: state slots with the splits train and validation, for the readout")
     sub.add_argument("--start", nargs="+", default=["B", "A"], choices=["A", "B"],

@@ -11,7 +11,7 @@ from cjepa_hf import bundled_checkpoint
 from cjepa_hf.cli import main
 from cjepa_hf.data.slots import write_slot_dataset
 from cjepa_hf.data.state_slots import OBJECT_PAIRS, empty_slot, state_slots
-from cjepa_hf.evaluation import counterfactual
+from cjepa_hf.evaluation import counterfactual, protocols
 from cjepa_hf.evaluation.counterfactual import (
     STEPS,
     Paths,
@@ -106,6 +106,23 @@ def test_the_frozen_scenes_are_those_of_its_recipe(protocol):
     assert make_cf_rollout_scene(protocol["source"]["seed"], 0) == protocol["tasks"][0]
     outcomes = [answer for task in protocol["tasks"] for q in task["questions"] for answer in q["answers"]]
     assert 0.4 < outcomes.count("correct") / len(outcomes) < 0.6
+
+
+def test_settings_are_chosen_on_other_scenes_by_the_same_recipe(protocol, monkeypatch):
+    asked = []
+
+    def scene(seed, index):
+        asked.append((seed, index))
+        return make_cf_rollout_scene(seed, 0) if len(asked) == 1 else {"objects": []}
+
+    monkeypatch.setattr(protocols, "make_cf_rollout_scene", scene)
+    validation = load_protocol("cf-rollout-validation")
+    assert asked[0][0] != protocol["source"]["seed"] and len(asked) == len(validation["tasks"]) == 100
+    assert validation["tasks"][0]["objects"] and validation["tasks"][0] not in protocol["tasks"]
+    rules = {"tasks", "name", "description", "source"}
+    assert {k: v for k, v in validation.items() if k not in rules} == {
+        k: v for k, v in protocol.items() if k not in rules
+    }
 
 
 def test_both_worlds_are_the_same_until_the_first_contact(truth):

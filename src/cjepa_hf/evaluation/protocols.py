@@ -22,7 +22,7 @@ _FOLDER = resources.files("cjepa_hf.evaluation") / "protocols"
 def protocol_names() -> list[str]:
     """What [`load_protocol`] takes."""
     frozen = [path.name.removesuffix(".json") for path in _FOLDER.iterdir() if path.name.endswith(".json")]
-    return sorted([*frozen, "pusht-25-validation"])
+    return sorted([*frozen, "cf-rollout-validation", "pusht-25-validation"])
 
 
 def load_protocol(name: str) -> dict[str, Any]:
@@ -31,8 +31,11 @@ def load_protocol(name: str) -> dict[str, Any]:
     "goal_state" [n, 7], "actions" [n, goal_offset, 2] (the demonstration between them), "block_move" [n] px, "bin" [n].
     Those of "cf-rollout" are a list of scenes, see [`make_cf_rollout_scene`].
 
-    "pusht-25-validation" has other tasks by the same recipe, drawn when asked for: choose planners and settings on them.
+    "pusht-25-validation" and "cf-rollout-validation" have other tasks by the same recipes, drawn when asked for (the 100
+    scenes of the latter in about a minute): choose planners, settings and training recipes on them.
     """
+    if name == "cf-rollout-validation":
+        return make_cf_rollout_protocol(100, seed=_VALIDATION_SEED) | {"name": name}
     if name == "pusht-25-validation":
         protocol = make_push_t_protocol(seed=_VALIDATION_SEED) | {"name": name}
         protocol["tasks"] = {key: np.array(value) for key, value in protocol["tasks"].items()}
