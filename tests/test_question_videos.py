@@ -115,6 +115,28 @@ def test_an_aloe_sees_in_the_dataset_what_the_pipeline_shows_it(folder, made):
         assert abs(without[0] - without[1]) > 1e-3  # each without its own object
 
 
+def test_a_model_trained_on_the_videos_knows_where_they_begin_to_be_imagined(made, folder):
+    from cjepa_hf.training.aloe import main as train
+
+    train([
+        "--dataset", str(made), "--questions", str(folder / "questions" / "train.json"), "--output_dir",
+        str(folder / "aloe"), "--max_steps", "1", "--batch_size", "2", "--group_by_video", "true",
+        "--video_attends_to_text", "false", "--num_frames", str(SEEN), "--observed_frames", str(T), "--hidden_size", "16",
+        "--num_hidden_layers", "1", "--num_attention_heads", "2", "--intermediate_size", "32",
+    ])  # fmt: skip
+    assert AloeProcessor.from_pretrained(folder / "aloe").contact_distance == 3.0
+    assert AloeForVideoQuestionAnswering.from_pretrained(folder / "aloe").config.video_attends_to_text is False
+    ask = pipeline(
+        "video-question-answering", model=AloeForVideoQuestionAnswering.from_pretrained(folder / "aloe"),
+        processor=AloeProcessor.from_pretrained(folder / "aloe"), world_model=folder / "world", device="cpu",
+        probe=folder / "world",
+    )  # fmt: skip
+    question = {"question": "What will happen without the red cube?", "options": OPTIONS}
+    first = int((draw(0)[:, 1, 4] < 3).nonzero()[0])
+    assert ask({"slots": draw(0), **question})["removed"]["branch"] == first
+    assert ask({"slots": draw(0), **question}, branch="start")["removed"]["branch"] == 6  # 3 steps of 2 frames
+
+
 def test_videos_are_named_extended_and_empty_where_an_object_is_gone(folder, made):
     data = load_slot_dataset(made, "train")
     assert data.data.with_format(None)["episode_id"] == [

@@ -193,6 +193,7 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         match_slots: bool = False,
     ) -> dict[str, Any]:
         slots, questions, processor = inputs["slots"], inputs["raw"]["questions"], self.processor
+        contact_distance = processor.contact_distance if contact_distance is None else contact_distance
         observed = processor.observed_frames
         kinds = [question["question_type"] for question in questions]
         rollout = {"match_slots": match_slots}

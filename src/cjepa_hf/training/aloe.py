@@ -363,6 +363,7 @@ def build_model(
         num_frames=config.num_frames,
         observed_frames=args.observed_frames,
         unknown_word=args.unknown_word,
+        contact_distance=(dataset.metadata.get("source") or {}).get("contact_distance"),  # of `cjepa-hf imagine`
     )
     return AloeForVideoQuestionAnswering(config), processor
 

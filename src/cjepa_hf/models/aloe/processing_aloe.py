@@ -37,6 +37,8 @@ class AloeProcessor(ProcessorMixin):
         observed_frames (`int`, defaults to 128): Frames of a video before the imagined ones.
         min_imagined_frames (`int`, defaults to 23): A predictive question looks at imagined frames from this number on
             (the released code: if the video has more than 150 frames).
+        contact_distance (`float`, *optional*): Not used here: where the videos of counterfactual questions that the model
+            was trained on begin to be imagined, see `pipeline("video-question-answering")`, whose default it is.
 
     Example:
 
@@ -60,6 +62,7 @@ class AloeProcessor(ProcessorMixin):
         num_frames: int = 25,
         observed_frames: int = 128,
         min_imagined_frames: int = 23,
+        contact_distance: float | None = None,
     ):
         super().__init__()
         self.words = list(CLEVRER_WORDS if words is None else words)
@@ -67,6 +70,7 @@ class AloeProcessor(ProcessorMixin):
         self.max_question_length, self.max_choice_length = max_question_length, max_choice_length
         self.unknown_word, self.num_frames = unknown_word, num_frames
         self.observed_frames, self.min_imagined_frames = observed_frames, min_imagined_frames
+        self.contact_distance = contact_distance
         for name in ("words", "answers"):
             values = getattr(self, name)
             if len(set(values)) < len(values):
@@ -79,6 +83,8 @@ class AloeProcessor(ProcessorMixin):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r} must be a positive integer.")
+        if contact_distance is not None and not 0 < contact_distance < float("inf"):
+            raise ValueError(f"contact_distance={contact_distance!r} must be a positive number or None.")
         if observed_frames < num_frames:
             raise ValueError(f"observed_frames={observed_frames} must be at least num_frames={num_frames}.")
         self._token = {word: place for place, word in enumerate(self.words, 1)}
