@@ -92,10 +92,10 @@ def _text_rows(video_index: torch.Tensor, num_videos: int) -> tuple[torch.Tensor
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
     """Attention that also returns its weights; query, key, value are [S, H, tokens, head_dim], the mask is bool or None."""
-    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+    scores = torch.matmul(query * scaling, key.transpose(2, 3))
     if attention_mask is not None:
         scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = scores.softmax(dim=-1)
     weights = fast_dropout(weights, dropout, module.training)
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
@@ -140,12 +140,11 @@ class AloeAttention(nn.Module):
         softmax: [B, Q, L or 1, size]. `video` is [V, P, size], `text_video` int64 [B] the video of each Q texts.
         """
         size = text.shape[-1]
-        slots = F.linear(video, self.qkv.weight[size:], self.qkv.bias[size:])[text_video]
+        slots = F.linear(video, self.qkv.weight[size:], self.qkv.bias[size:]).index_select(0, text_video)
         query, key, value = (
             x.unflatten(-1, (-1, self.head_dim)).movedim(3, 1) for x in self.qkv(text).chunk(3, dim=-1)
         )  # [B, H, Q, L, head_dim]
-        if first_only:
-            query = query[:, :, :, :1]
+        query = query[:, :, :, :1] * self.scaling if first_only else query * self.scaling
         slot_key, slot_value = (x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x in slots.chunk(2, dim=-1))
         shape, places = query.shape[2:4], slot_key.shape[2]
         scores = torch.cat(
@@ -157,7 +156,7 @@ class AloeAttention(nn.Module):
             ],
             dim=-1,
         )
-        weights = (scores * self.scaling).softmax(dim=-1, dtype=torch.float32).to(value.dtype)
+        weights = scores.softmax(dim=-1)  # in bfloat16 too: it sums in float32 inside, and copies cost more than it does
         dropout = self.config.attention_dropout if self.training else 0.0
         weights = fast_dropout(weights, dropout, self.training)
         seen = torch.matmul(weights[..., :places].flatten(2, 3), slot_value).unflatten(2, shape)
