@@ -231,9 +231,13 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("video", help="video file, folder of pictures, .npy of frames or of slots [T, N, D]")
     sub.add_argument("question", help='in CLEVRER\'s words, such as "What will happen if the red cube is removed?"')
     sub.add_argument("options", nargs="*", help="of a multiple-choice question")
-    sub.add_argument("--model", required=True, help="folder or Hub id of an AloeForVideoQuestionAnswering")
     sub.add_argument(
-        "--world-model", help="folder or Hub id of a CJepaModel, for predictive and counterfactual questions"
+        "--model", help="folder or Hub id of an AloeForVideoQuestionAnswering (default: the shipped one, collisions_aloe)"
+    )
+    sub.add_argument(
+        "--world-model",
+        help="folder or Hub id of a CJepaModel, for predictive and counterfactual questions (default, without --model: the "
+        "shipped one, collisions)",
     )
     _slot_arguments(sub)
     sub.add_argument("--question-type", choices=["descriptive", "explanatory", "predictive", "counterfactual"])
@@ -303,11 +307,12 @@ def _device(arguments) -> str:
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def _model(arguments) -> str:
+def _model(given: str | None, default: str = "push_t") -> str:
+    """Folder or Hub id of a model: what was given, or one that ships, by name."""
     from cjepa_hf.checkpoints import bundled_checkpoint, bundled_names
 
-    model = "push_t" if arguments.model is None else arguments.model
-    if model in bundled_names() and not (arguments.model and Path(model).is_dir()):
+    model = default if given is None else given
+    if model in bundled_names() and not (given and Path(model).is_dir()):
         return str(bundled_checkpoint(model))
     if not Path(model).is_dir() and (model.count("/") != 1 or model.startswith((".", "/", "~"))):
         shipped = " or ".join(bundled_names())
@@ -332,7 +337,7 @@ def demo(arguments, _) -> None:
     from cjepa_hf.demo import print_report, run_demo
 
     report = run_demo(
-        _model(arguments),
+        _model(arguments.model),
         arguments.output_dir,
         num_tasks=arguments.num_tasks,
         seed=arguments.seed,
@@ -552,7 +557,7 @@ def evaluate(arguments, _) -> None:
         raise ValueError(f"{arguments.protocol} takes one --model, got {len(arguments.model)}")
     arguments.model = arguments.model[0] if arguments.model else None
     results = evaluate_push_t_in_processes(
-        _model(arguments),
+        _model(arguments.model),
         protocol=arguments.protocol,
         planners=arguments.planner,
         seeds=arguments.seeds,
@@ -603,7 +608,7 @@ def plan(arguments, _) -> None:
     from transformers import AutoImageProcessor, AutoModel, pipeline
 
     inputs = {"start": _image(arguments.start), "goal": _image(arguments.goal)}
-    folder, device = _model(arguments), torch.device(_device(arguments))
+    folder, device = _model(arguments.model), torch.device(_device(arguments))
     # not `pipeline(model=folder)`: it wraps what is wrong with a damaged folder in a page of traceback
     model, parts = AutoModel.from_pretrained(folder, use_safetensors=True), {}
     if getattr(model, "slot_encoder", None) is not None:
@@ -652,7 +657,7 @@ def rollout(arguments, _) -> None:
 
     from cjepa_hf import CJepaModel
 
-    folder, inputs = _model(arguments), {"video": _video(arguments.video)}
+    folder, inputs = _model(arguments.model), {"video": _video(arguments.video)}
     for name in ("actions", "proprio"):
         if getattr(arguments, name):
             inputs[name] = np.load(getattr(arguments, name), allow_pickle=False)
@@ -696,11 +701,13 @@ def answer(arguments, _) -> None:
 
     from cjepa_hf import AloeForVideoQuestionAnswering, AloeProcessor
 
-    model = AloeForVideoQuestionAnswering.from_pretrained(arguments.model, use_safetensors=True)
+    folder, world_model = _model(arguments.model, "collisions_aloe"), arguments.world_model
+    if world_model or arguments.model is None:  # what ships answers with the world model that ships
+        world_model = _model(world_model, "collisions")
+    model = AloeForVideoQuestionAnswering.from_pretrained(folder, use_safetensors=True)
     ask = pipeline(
-        "video-question-answering", model=model, processor=AloeProcessor.from_pretrained(arguments.model),
-        world_model=arguments.world_model, device=torch.device(_device(arguments)),
-        **_slot_parts(arguments, arguments.world_model),
+        "video-question-answering", model=model, processor=AloeProcessor.from_pretrained(folder),
+        world_model=world_model, device=torch.device(_device(arguments)), **_slot_parts(arguments, world_model),
     )  # fmt: skip
     result = ask(
         {
