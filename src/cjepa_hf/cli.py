@@ -232,7 +232,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("question", help='in CLEVRER\'s words, such as "What will happen if the red cube is removed?"')
     sub.add_argument("options", nargs="*", help="of a multiple-choice question")
     sub.add_argument(
-        "--model", help="folder or Hub id of an AloeForVideoQuestionAnswering (default: the shipped one, collisions_aloe)"
+        "--model",
+        help="folder or Hub id of an AloeForVideoQuestionAnswering (default: the shipped one, collisions_aloe)",
     )
     sub.add_argument(
         "--world-model",

@@ -21,6 +21,7 @@ from cjepa_hf.training.aloe import (
     main,
     question_loss,
     question_metrics,
+    whiten_projection,
 )
 from cjepa_hf.training.arguments import config_arguments, config_overrides, parse_arguments
 from cjepa_hf.training.trainer import read_log
@@ -202,6 +203,25 @@ def test_random_starts_cover_all_first_frames_and_the_default_repeats(data):
     assert random.processor.num_starts == 4 and set(first.tolist()) == {0.0, 1.0, 2.0, 3.0}
     fixed = dataset_of(data)
     assert (fixed.__getitems__(range(100))["slots"][:, 0, 0, -1] * FRAMES == 1).all()
+
+
+def test_whitened_slots_have_the_same_variance_in_all_directions(tmp_path):
+    rng = np.random.default_rng(0)
+    mixing = np.linalg.qr(rng.normal(size=(D, D)))[0] * np.geomspace(1, 0.05, D)
+    episodes = [
+        {"episode_id": str(i), "slots": (rng.normal(size=(50, N, D)) @ mixing.T + 3).astype(np.float32)}
+        for i in range(9)
+    ]
+    dataset = load_slot_dataset(write_slot_dataset(tmp_path / "slots", {"train": episodes}, frame_skip=1), "train")
+    model = AloeForVideoQuestionAnswering(AloeConfig(num_slots=N, slot_size=D, **TINY))
+    flags = model.slot_projection.weight[:, D:].clone()
+    whiten_projection(model, dataset)
+    assert torch.equal(model.slot_projection.weight[:, D:], flags)
+    slots = torch.from_numpy(np.concatenate([one["slots"] for one in episodes])).flatten(0, 1)
+    with torch.no_grad():
+        read = slots @ model.slot_projection.weight[:, :D].T + model.slot_projection.bias
+    sizes = torch.linalg.svdvals(read - read.mean(0))[:D] / len(read) ** 0.5
+    assert sizes.min() > 0.85 and sizes.max() < 1.15 and read.mean(0).abs().max() < 0.2
 
 
 def test_grouped_by_video_every_question_comes_once_with_its_video(data):
