@@ -111,6 +111,21 @@ def test_a_card_shows_rollouts_of_its_models_beside_what_is_easy_and_leaves_cont
     assert indexed == {"f1": 0.75, "position_error": 0.125, "accuracy": 0.25}
 
 
+def test_a_card_shows_answers_by_type_beside_those_without_the_video(tmp_path):
+    rate = {"rate": 0.5, "low": 0.4, "high": 0.6, "n": 20}
+    types = {"descriptive": rate | {"rate": 0.75}, "counterfactual": rate}
+    rows = [
+        {"name": "runs/aloe", "kind": "model", "overall": rate | {"rate": 0.625}, "questions": types},
+        {"name": "runs/words", "kind": "text-only", "overall": rate | {"rate": 0.25}, "questions": types},
+    ]
+    (tmp_path / "a.json").write_text(json.dumps({"rows": rows}))
+    text = card(ENTRIES["aloe-clevrer"], results=[tmp_path / "a.json"])
+    assert "descriptive questions right, aloe | 0.75 | 0.4 to 0.6 | 20 | `a.json` |" in text
+    assert "all questions right, the words alone | 0.25 | 0.4 to 0.6 | 20 |" in text
+    indexed = [result.metric_value for result in ModelCard(text).data.eval_results]
+    assert 0.625 in indexed and 0.25 not in indexed  # controls stay in the table
+
+
 def test_the_command_writes_a_card_and_keeps_one_that_is_there(tmp_path, capsys):
     (tmp_path / "config.json").write_text((ENTRIES["savi-clevrer"] / "config.json").read_text())
     assert main(["card", str(tmp_path), "--repo-id", "me/savi"]) == 0

@@ -203,8 +203,10 @@ def test_the_processor_of_an_entry_loads(name):
 
 @pytest.mark.parametrize("name", OWN)
 def test_our_small_model_is_the_one_that_ships(name):
-    """After a new one has been trained: copy its config.json and preprocessor_config.json into the entry."""
-    for file in ("config.json", "preprocessor_config.json"):
+    """After a new one has been trained: copy its configurations into the entry."""
+    files = {path.name for path in (ENTRIES[name]).glob("*.json")} - {"source.json"}
+    assert len(files) == 2 and "config.json" in files
+    for file in files:
         assert read(name, file) == json.loads((bundled_checkpoint(OWN[name]) / file).read_text())
 
 

@@ -265,6 +265,8 @@ def _measured(path: Path) -> list[dict]:
     file = "/".join(path.parts[-3:]) if path.parts[-3:-1] == ("benchmarks", "results") else path.name
     if values.get("protocol", {}).get("name") == "cf-rollout" and "factual" in values:
         return [row | {"file": file} for row in _measured_rollouts(values)]
+    if values.get("rows") and all("questions" in row for row in values["rows"]):
+        return [row | {"file": file} for row in _measured_answers(values)]
     if "protocol" in values and "rows" in values:
         names = [row["name"] for row in values["rows"]]
         return [
@@ -330,6 +332,23 @@ def _measured_rollouts(values: dict) -> list[dict]:
             ]
             rows.append(row(found["name"], "accuracy", "mean accuracy of the four cells", found["cell_mean"]))
     return rows
+
+
+def _measured_answers(values: dict) -> list[dict]:
+    """The rows of a file of `python -m cjepa_hf.evaluation.clevrer`: questions right, by type."""
+    found = []
+    for row in values["rows"]:
+        who = {"model": Path(row["name"]).name, "text-only": "the words alone", "majority": "most frequent answer"}
+        for kind, rate in {**row["questions"], "all": row["overall"]}.items():
+            found.append(
+                {
+                    "dataset": "questions about collisions", "task_type": "visual-question-answering", "metric": "accuracy",
+                    "name": f"{kind} questions right, {who[row['kind']]}", "control": row["kind"] != "model",
+                    "value": round(rate["rate"], 3), "interval": (round(rate["low"], 3), round(rate["high"], 3)),
+                    "n": rate["n"],
+                }
+            )  # fmt: skip
+    return found
 
 
 def _results(measured: list[dict], paper: list[dict], source: Mapping) -> str:
