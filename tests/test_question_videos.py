@@ -124,7 +124,8 @@ def test_a_model_trained_on_the_videos_knows_where_they_begin_to_be_imagined(mad
         "--video_attends_to_text", "false", "--num_frames", str(SEEN), "--observed_frames", str(T), "--hidden_size", "16",
         "--num_hidden_layers", "1", "--num_attention_heads", "2", "--intermediate_size", "32",
     ])  # fmt: skip
-    assert AloeProcessor.from_pretrained(folder / "aloe").contact_distance == 3.0
+    processor = AloeProcessor.from_pretrained(folder / "aloe")
+    assert processor.contact_distance == 3.0 and processor.num_future_frames == MORE
     assert AloeForVideoQuestionAnswering.from_pretrained(folder / "aloe").config.video_attends_to_text is False
     ask = pipeline(
         "video-question-answering", model=AloeForVideoQuestionAnswering.from_pretrained(folder / "aloe"),
@@ -132,6 +133,7 @@ def test_a_model_trained_on_the_videos_knows_where_they_begin_to_be_imagined(mad
         probe=folder / "world",
     )  # fmt: skip
     question = {"question": "What will happen without the red cube?", "options": OPTIONS}
+    assert ask({"slots": draw(0), "question": "What will happen next?", "options": OPTIONS})["imagined_frames"]
     first = int((draw(0)[:, 1, 4] < 3).nonzero()[0])
     assert ask({"slots": draw(0), **question})["removed"]["branch"] == first
     assert ask({"slots": draw(0), **question}, branch="start")["removed"]["branch"] == 6  # 3 steps of 2 frames
@@ -160,6 +162,14 @@ def test_questions_about_objects_that_are_not_there_are_listed_and_finished_fold
         question_episode(f"video_{i:05d}", 4) for i in range(VIDEOS)
     ]
     assert 'no object of the video fit "red sphere"' in metadata["skipped"][0]["reason"]
+    # in training and evaluation they are left out, not asked about the video as it was
+    questions = QuestionDataset(
+        load_slot_dataset(made, "train"),
+        load_questions(folder / "questions" / "train.json"),
+        AloeProcessor(num_frames=SEEN, observed_frames=T, min_imagined_frames=4),
+    )
+    assert questions.missing_videos == [question_episode(f"video_{i:05d}", 4) for i in range(VIDEOS)]
+    assert 4 not in [question["question_id"] for question in questions.questions]
     assert metadata["source"]["world_model"] == "world" and metadata["encoder"]["name"] == "drawn"
     before = (made / "slot_dataset.json").stat().st_mtime_ns
     parts = {
@@ -173,10 +183,42 @@ def test_questions_about_objects_that_are_not_there_are_listed_and_finished_fold
     assert (made / "slot_dataset.json").stat().st_mtime_ns == before
     with pytest.raises(FileExistsError, match="made with other arguments"):
         write_question_videos(folder / "slots", folder, output_dir=made, contact_distance=2.0, **parts)
+    retrained = CJepaModel.from_pretrained(folder / "world")
+    retrained.head.weight.data.add_(1)
+    with pytest.raises(FileExistsError, match="made with other arguments"):
+        write_question_videos(
+            folder / "slots", folder, output_dir=made, contact_distance=3.0, **parts | {"world_model": retrained}
+        )
+    for wrong in ({"contact_distance": float("nan")}, {"num_future_frames": 0}, {"num_videos": {"train": -1}}):
+        with pytest.raises(ValueError, match="must be a positive"):
+            write_question_videos(
+                folder / "slots", folder, output_dir=folder / "other", **parts | {"contact_distance": 3.0} | wrong
+            )
     with pytest.raises(ValueError, match="splits are"):
         write_question_videos(
             folder / "slots", folder, output_dir=folder / "other", contact_distance=3.0, splits=["validation"], **parts
         )
+
+
+def test_videos_without_questions_and_objects_that_look_empty_are_named(folder, tmp_path):
+    parts = {
+        "world_model": CJepaModel.from_pretrained(folder / "world"),
+        "probe": SlotProbe.from_pretrained(folder / "world"),
+        "contact_distance": 3.0,
+        "progress": False,
+    }
+    slots = draw(0)
+    slots[:, 3] = 1000  # beside it all others look empty
+    for name, found in (("clip_1", draw(0)), ("video_00000", slots)):
+        episodes = [{"episode_id": name, "slots": found.numpy()}]
+        write_slot_dataset(
+            tmp_path / name, {"train": episodes}, frame_skip=2, encoder={"name": "x", "config_hash": "0"}
+        )
+    with pytest.raises(ValueError, match="no question of the split 'train' is about clip_1"):
+        write_question_videos(tmp_path / "clip_1", folder, output_dir=tmp_path / "a", **parts)
+    made = write_question_videos(tmp_path / "video_00000", folder, output_dir=tmp_path / "b", **parts)
+    skipped = json.loads((made / "slot_dataset.json").read_text())["skipped"]
+    assert "looks empty in all frames" in skipped[0]["reason"]
 
 
 def test_interrupted_it_goes_on_and_makes_the_same(folder, made, monkeypatch):

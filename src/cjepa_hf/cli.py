@@ -132,8 +132,12 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     sub.add_argument("dataset", help="slot dataset with one episode per video")
     sub.add_argument("--questions", required=True, help="folder with the question files of its splits")
-    sub.add_argument("--model", required=True, help="folder or Hub id of a CJepaModel without actions")
-    sub.add_argument("--probe", help="folder with slot_probe.safetensors (default: that of the model)")
+    sub.add_argument(
+        "--model", required=True, help="folder or Hub id of a CJepaModel without actions (collisions: the shipped one)"
+    )
+    sub.add_argument(
+        "--probe", help="folder with slot_probe.safetensors (default: that of the model, if it is a folder)"
+    )
     sub.add_argument("--output-dir", required=True)
     sub.add_argument("--splits", nargs="+", help="only these (default: all)")
     sub.add_argument(
@@ -231,14 +235,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("video", help="video file, folder of pictures, .npy of frames or of slots [T, N, D]")
     sub.add_argument("question", help='in CLEVRER\'s words, such as "What will happen if the red cube is removed?"')
     sub.add_argument("options", nargs="*", help="of a multiple-choice question")
-    sub.add_argument(
-        "--model",
-        help="folder or Hub id of an AloeForVideoQuestionAnswering (default: the shipped one, collisions_aloe)",
-    )
+    sub.add_argument("--model", required=True, help="folder or Hub id of an AloeForVideoQuestionAnswering")
     sub.add_argument(
         "--world-model",
-        help="folder or Hub id of a CJepaModel, for predictive and counterfactual questions (default, without --model: the "
-        "shipped one, collisions)",
+        help="folder or Hub id of a CJepaModel, for predictive and counterfactual questions (collisions: the shipped one)",
     )
     _slot_arguments(sub)
     sub.add_argument("--question-type", choices=["descriptive", "explanatory", "predictive", "counterfactual"])
@@ -482,18 +482,19 @@ def imagine_questions(arguments, _) -> None:
     from cjepa_hf.data.slots import METADATA_FILE
     from cjepa_hf.question_videos import describe_skipped, write_question_videos
 
-    model = CJepaModel.from_pretrained(arguments.model, use_safetensors=True).eval().to(_device(arguments))
+    name = _model(arguments.model)
+    model = CJepaModel.from_pretrained(name, use_safetensors=True).eval().to(_device(arguments))
     folder = write_question_videos(
         arguments.dataset,
         arguments.questions,
         model,
         arguments.output_dir,
-        probe=SlotProbe.from_pretrained(arguments.probe or arguments.model),
+        probe=SlotProbe.from_pretrained(arguments.probe or name),
         contact_distance=arguments.contact_distance,
         splits=arguments.splits,
         num_future_frames=arguments.num_frames,
-        num_videos={"train": arguments.num_videos} if arguments.num_videos else None,
-        world_model_name=Path(arguments.model).resolve().name if Path(arguments.model).exists() else arguments.model,
+        num_videos=None if arguments.num_videos is None else {"train": arguments.num_videos},
+        world_model_name=Path(name).resolve().name if Path(name).exists() else name,
         progress=not arguments.json,
     )
     metadata = read_json(folder / METADATA_FILE)
@@ -589,7 +590,7 @@ def analyze(arguments, _) -> None:
     from cjepa_hf.analysis import analyze, draw_example, print_analysis
 
     output = _output_file(arguments)
-    models = [_model(argparse.Namespace(model=model)) for model in arguments.model or [None]]
+    models = [_model(model) for model in arguments.model or [None]]
     shared = {"split": arguments.split, "num_windows": arguments.num_windows, "seed": arguments.seed}
     results = analyze(
         models,
@@ -702,9 +703,8 @@ def answer(arguments, _) -> None:
 
     from cjepa_hf import AloeForVideoQuestionAnswering, AloeProcessor
 
-    folder, world_model = _model(arguments.model, "collisions_aloe"), arguments.world_model
-    if world_model or arguments.model is None:  # what ships answers with the world model that ships
-        world_model = _model(world_model, "collisions")
+    folder = _model(arguments.model)
+    world_model = _model(arguments.world_model) if arguments.world_model else None
     model = AloeForVideoQuestionAnswering.from_pretrained(folder, use_safetensors=True)
     ask = pipeline(
         "video-question-answering", model=model, processor=AloeProcessor.from_pretrained(folder),

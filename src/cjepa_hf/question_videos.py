@@ -17,8 +17,16 @@ import torch
 from tqdm.auto import tqdm
 
 from .data.clevrer import ClevrerFolder, question_episode, read_json, video_names
-from .data.slots import METADATA_FILE, SlotDatasetWriter, frame_columns, load_slot_dataset, writer_arguments
-from .imagination import extend_video, first_contact, remove_object
+from .data.extract import weights_hash
+from .data.slots import (
+    METADATA_FILE,
+    SlotDatasetWriter,
+    fingerprint,
+    frame_columns,
+    load_slot_dataset,
+    writer_arguments,
+)
+from .imagination import extend_video, first_contact, is_empty, remove_object
 from .models.aloe import QUESTION_TYPES
 from .models.cjepa import CJepaModel
 from .slot_probe import SlotProbe
@@ -127,9 +135,16 @@ def write_question_videos(
         batch_size: videos at a time.
 
     A question whose object is not found is listed with the reason under `skipped` in the metadata, and has no video.
-    Interrupted, it goes on after the last finished file; of a finished folder made with the same arguments nothing is
-    written again.
+    Interrupted, it goes on after the last finished file; of a finished folder made with the same arguments, weights and
+    questions nothing is written again. Raises `ValueError` for videos of several lengths, parts that do not fit, and a split
+    whose videos no question is about.
     """
+    counts = {"num_future_frames": num_future_frames, "batch_size": batch_size, **(num_videos or {})}
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r} must be a positive integer")
+    if not 0 < contact_distance < float("inf"):
+        raise ValueError(f"contact_distance={contact_distance} must be a positive number, 0.75 in the collision world")
     folder, output_dir = ClevrerFolder(questions), Path(output_dir)
     metadata = read_json(Path(dataset) / METADATA_FILE)
     chosen = [split for split in metadata["splits"] if splits is None or split in splits]
@@ -142,6 +157,7 @@ def write_question_videos(
     if world_model.config.action_size:
         raise ValueError("the world model takes actions, which nobody takes in these videos: use one without")
     skip = world_model.config.frame_skip
+    asked = {split: folder.questions(split) for split in chosen}
     arguments = {
         "frame_skip": metadata["frame_skip"],
         "encoder": metadata["encoder"],
@@ -149,6 +165,16 @@ def write_question_videos(
             "name": Path(dataset).resolve().name,
             "fingerprint": metadata["fingerprint"],
             "world_model": world_model_name,
+            "weights_hash": weights_hash(world_model),
+            "probe_hash": probe.fingerprint(),
+            "questions_hash": fingerprint(
+                [
+                    [scene["scene_index"], question["question_id"], question["question"]]
+                    for scenes in asked.values()
+                    for scene in scenes
+                    for question in scene["questions"]
+                ]
+            ),
             "num_future_frames": num_future_frames,
             "contact_distance": contact_distance,
             "num_videos": num_videos,
@@ -166,7 +192,11 @@ def write_question_videos(
         data = load_slot_dataset(dataset, split)
         column = frame_columns(data.data, ["slots"])["slots"]
         names = data.data.with_format(None)["episode_id"]
-        scenes = {name: scene for scene in folder.questions(split) for name in video_names(scene)}
+        scenes = {name: scene for scene in asked[split] for name in video_names(scene)}
+        if not any(name in scenes for name in names):
+            raise ValueError(
+                f"no question of the split {split!r} is about {names[0]}, ...; they are about {next(iter(scenes), 'nothing')}"
+            )
         wanted = list(range(len(data)))[: (num_videos or {}).get(split)]
         lengths = {int(data.lengths[index]) for index in wanted}
         if len(lengths) != 1:
@@ -178,13 +208,17 @@ def write_question_videos(
             waiting: list[tuple[int, str, int]] = []  # video in this part, name, slot
             slots = torch.from_numpy(column.gather(part, np.tile(frames, (len(part), 1))))
             slots = slots.to(world_model.device)
+            never = is_empty(slots, probe.empty_slot).all(dim=1)  # [B, N]
             for row, index in enumerate(part):
                 for question in scenes.get(names[index], {"questions": ()})["questions"]:
                     if question["question_type"] != "counterfactual":
                         continue
                     name = question_episode(names[index], question["question_id"])
                     try:
-                        waiting.append((row, name, probe.find(slots[row], removed_object(question["question"]))))
+                        slot = probe.find(slots[row], removed_object(question["question"]))
+                        if never[row, slot]:
+                            raise ValueError(f"slot {slot} looks empty in all frames")
+                        waiting.append((row, name, slot))
                     except ValueError as error:
                         writer.skipped.append({"episode_id": name, "split": split, "reason": str(error)})
             made = [(names[index], row) for row, index in enumerate(part)]

@@ -1,5 +1,6 @@
 """A probe that reads position, presence and attributes of an object from its slot."""
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -168,6 +169,13 @@ class SlotProbe:
             how_many = "no object" if not fits else f"{len(fits)} objects"
             raise ValueError(f'{how_many} of the video fit "{words}"; it shows {here or "none"}')
         return fits[0]
+
+    def fingerprint(self) -> str:
+        """A hash of what the probe has learned."""
+        found = hashlib.sha256(json.dumps(self.attributes).encode())
+        for part in (self.weight, self.kinds, self.kind_weight, self.empty_slot):
+            found.update(b"" if part is None else part.detach().cpu().contiguous().numpy().tobytes())
+        return found.hexdigest()[:16]
 
     def save_pretrained(self, folder: str | os.PathLike) -> Path:
         """Write `slot_probe.safetensors` into a folder, usually that of the model. Returns its path."""

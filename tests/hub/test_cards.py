@@ -118,7 +118,7 @@ def test_a_card_shows_answers_by_type_beside_those_without_the_video(tmp_path):
         {"name": "runs/aloe", "kind": "model", "overall": rate | {"rate": 0.625}, "questions": types},
         {"name": "runs/words", "kind": "text-only", "overall": rate | {"rate": 0.25}, "questions": types},
     ]
-    (tmp_path / "a.json").write_text(json.dumps({"rows": rows}))
+    (tmp_path / "a.json").write_text(json.dumps({"rows": rows, "dataset": "runs/question_videos"}))
     text = card(ENTRIES["aloe-clevrer"], results=[tmp_path / "a.json"])
     assert "descriptive questions right, aloe | 0.75 | 0.4 to 0.6 | 20 | `a.json` |" in text
     assert "all questions right, the words alone | 0.25 | 0.4 to 0.6 | 20 |" in text

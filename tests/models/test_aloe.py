@@ -266,6 +266,10 @@ def test_a_video_that_does_not_attend_to_text_is_the_same_model_with_a_mask():
     torch.testing.assert_close(half.option_logits.float(), found.option_logits, atol=0.1, rtol=0.1)
     with pytest.raises(ValueError, match="neither attentions nor hidden states"):
         model(slots, ids, video_index=video_index, output_hidden_states=True)
+    with pytest.raises(ValueError, match="video_index must be integers from 0 to 2"):
+        model(slots, ids, video_index=video_index + 1)
+    with pytest.raises(ValueError, match="holds no text"):
+        model(slots, ids[:0], video_index=video_index[:0])
 
 
 def test_bfloat16_agrees_and_checkpointing_and_compilation_work():

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from ..data.clevrer import load_questions, write_submission
 from ..data.slots import load_slot_dataset
 from ..models.aloe import QUESTION_TYPES, AloeForVideoQuestionAnswering, AloeProcessor
-from ..training.aloe import MODEL_INPUTS, QuestionDataset
+from ..training.aloe import MODEL_INPUTS, QuestionDataset, imagination_settings
 from ..training.trainer import write_text
 from .metrics import paired_difference, success_rate
 
@@ -257,6 +257,7 @@ def evaluate_question_answering(
             rows.append({"name": name, "kind": kind, **summarize(verdicts[kind][-1])})
 
     missing: list[str] = []
+    settings = imagination_settings(slots)
     for kind, names in (("model", models), ("text-only", text_only)):
         for name in names:
             net = AloeForVideoQuestionAnswering.from_pretrained(name, use_safetensors=True).eval().to(device)
@@ -278,6 +279,8 @@ def evaluate_question_answering(
         "questions": str(questions),
         "random_start": random_start,
         "videos_without_slots": len(missing),
+        "imagined": settings
+        and {name: settings[name] for name in ("world_model", "contact_distance", "num_future_frames")},
         "rows": rows,
         "mean": {kind: _over_seeds(rows, kind) for kind in verdicts if verdicts[kind]},
         "predictions": predictions,

@@ -263,9 +263,9 @@ def _measured(path: Path) -> list[dict]:
     """Rows {dataset, metric, name, control, value, interval, n, file} of a file of results."""
     values = _read(path)
     file = "/".join(path.parts[-3:]) if path.parts[-3:-1] == ("benchmarks", "results") else path.name
-    if values.get("protocol", {}).get("name") == "cf-rollout" and "factual" in values:
+    if values.get("protocol", {}).get("name", "").startswith("cf-rollout") and "factual" in values:
         return [row | {"file": file} for row in _measured_rollouts(values)]
-    if values.get("rows") and all("questions" in row for row in values["rows"]):
+    if values.get("rows") and all({"questions", "overall"} <= set(row) for row in values["rows"]):
         return [row | {"file": file} for row in _measured_answers(values)]
     if "protocol" in values and "rows" in values:
         names = [row["name"] for row in values["rows"]]
@@ -312,7 +312,7 @@ def _measured_rollouts(values: dict) -> list[dict]:
 
     def row(name: str, metric: str, what: str, found: dict) -> dict:
         return {
-            "dataset": "cf-rollout", "task_type": "other", "metric": metric, "name": f"{what}, {name}{pixels}",
+            "dataset": values["protocol"]["name"], "task_type": "other", "metric": metric, "name": f"{what}, {name}{pixels}",
             "control": name in controls, "value": round(found["value"], 3),
             "interval": (round(found["low"], 3), round(found["high"], 3)), "n": found["n"],
         }  # fmt: skip
@@ -342,7 +342,7 @@ def _measured_answers(values: dict) -> list[dict]:
         for kind, rate in {**row["questions"], "all": row["overall"]}.items():
             found.append(
                 {
-                    "dataset": "questions about collisions", "task_type": "visual-question-answering", "metric": "accuracy",
+                    "dataset": Path(values["dataset"]).name, "task_type": "visual-question-answering", "metric": "accuracy",
                     "name": f"{kind} questions right, {who[row['kind']]}", "control": row["kind"] != "model",
                     "value": round(rate["rate"], 3), "interval": (round(rate["low"], 3), round(rate["high"], 3)),
                     "n": rate["n"],

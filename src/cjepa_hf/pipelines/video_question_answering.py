@@ -67,7 +67,7 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         contact_distance: between centers, in the unit of the positions that the slot encoder or the probe tells. Rather
             too large (a few frames more are imagined) than too small (frames after an unnoticed contact count as true).
         empty_slot: [D], what a slot without object looks like; default: the probe's or the encoder's.
-        num_future_frames (32), frame_skip (the world model's), match_slots (False): of the rollouts.
+        num_future_frames (the processor's), frame_skip (the world model's), match_slots (False): of the rollouts.
         seed (0): of encoders with random initial slots.
 
     Output per question: a dictionary
@@ -188,12 +188,13 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         branch: str | int | None = None,
         contact_distance: float | None = None,
         empty_slot=None,
-        num_future_frames: int = 32,
+        num_future_frames: int | None = None,
         frame_skip: int | None = None,
         match_slots: bool = False,
     ) -> dict[str, Any]:
         slots, questions, processor = inputs["slots"], inputs["raw"]["questions"], self.processor
         contact_distance = processor.contact_distance if contact_distance is None else contact_distance
+        future = processor.num_future_frames if num_future_frames is None else num_future_frames
         observed = processor.observed_frames
         kinds = [question["question_type"] for question in questions]
         rollout = {"match_slots": match_slots}
@@ -209,9 +210,7 @@ class VideoQuestionAnsweringPipeline(Pipeline):
             videos = [slots[:observed]]
         elif "predictive" in kinds and not known:
             self._check_world_model("predictive")
-            videos.append(
-                extend_video(self.world_model, slots[None, :observed], num_frames=num_future_frames, **rollout)[0]
-            )
+            videos.append(extend_video(self.world_model, slots[None, :observed], num_frames=future, **rollout)[0])
             place = [1 if kind == "predictive" else 0 for kind in kinds]
         rows = [i for i, kind in enumerate(kinds) if kind == "counterfactual" and frames_from == "imagined"]
         if rows:
@@ -309,7 +308,8 @@ class VideoQuestionAnsweringPipeline(Pipeline):
             positions = self.probe.positions(slots)
         else:
             raise ValueError(
-                "branch='contact' needs positions: a slot encoder or a probe that tells them, or branch='start'"
+                f"branch='contact' (the default with contact_distance={contact_distance:g}) needs positions: a slot encoder or a "
+                "probe that tells them, or branch='start'"
             )
         present = None if self.probe is None else self.probe.present(slots).expand(len(gone), -1, -1)
         return first_imagined_frame(positions.expand(len(gone), -1, -1, -1), gone, contact_distance, skip, present)

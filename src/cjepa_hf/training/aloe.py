@@ -82,6 +82,9 @@ class AloeTrainArguments(TrainArguments):
         super().__post_init__()
         self.chosen_types()
 
+        if self.whiten_slots and self.init_model:
+            raise ValueError("whiten_slots sets weights that init_model brings: leave one of them out")
+
     def chosen_types(self) -> tuple[str, ...]:
         """The question types to train on; ValueError for an unknown one."""
         if self.question_types == "all":
@@ -98,11 +101,17 @@ class AloeTrainArguments(TrainArguments):
 # --- data ----------------------------------------------------------------------------------------------------------
 
 
+def imagination_settings(dataset: SlotDataset) -> dict[str, Any] | None:
+    """With what `cjepa-hf imagine` made a dataset: `contact_distance`, `num_future_frames`, ...; None of other datasets."""
+    source = dataset.metadata.get("source")
+    return source if isinstance(source, dict) and "contact_distance" in source else None
+
+
 class QuestionDataset(torch.utils.data.Dataset):
     """
     Questions of one split with the slots of their videos, fetched in batches for [`AloeForVideoQuestionAnswering`].
-    Counterfactual questions are asked about the video without the object, where the dataset has one for them (`cjepa-hf
-    imagine` makes such datasets), else about the video as it was.
+    In what `cjepa-hf imagine` made, counterfactual questions are asked about their own video, the one without the object;
+    elsewhere about the video as it was, as in the released code.
 
     Args:
         dataset: indexable slot dataset with one episode per video (names: `data.clevrer.video_names`).
@@ -122,7 +131,8 @@ class QuestionDataset(torch.utils.data.Dataset):
         missing_videos: names of videos with questions but without slots; their questions are left out.
 
     Raises `ValueError` for questions that are malformed, outside the vocabulary or too long (naming scene and question),
-    for videos too short, and where no video has slots.
+    for videos too short, for imagined ones with fewer imagined frames than `processor` looks at, and where no video has
+    slots.
     """
 
     def __init__(
@@ -137,6 +147,7 @@ class QuestionDataset(torch.utils.data.Dataset):
     ):
         self.dataset, self.processor = dataset, processor
         self.random_start, self.text_only = random_start, text_only
+        imagined = imagination_settings(dataset)
         episodes = {name: place for place, name in enumerate(dataset.data.with_format(None)["episode_id"])}
         self.scenes, self.questions, self.missing_videos = [], [], []
         texts, labels, episode, types, shifts = [], [], [], [], []
@@ -155,9 +166,18 @@ class QuestionDataset(torch.utils.data.Dataset):
                         continue
                     text, label = self._encode(question)
                     place = episodes[episode_name]
-                    if kind == "counterfactual":  # its own video, if one was imagined
-                        place = episodes.get(question_episode(episode_name, question.get("question_id")), place)
+                    if imagined and kind == "counterfactual":
+                        own = question_episode(episode_name, question["question_id"])
+                        if own not in episodes:  # its object was not found
+                            self.missing_videos.append(own)
+                            continue
+                        place = episodes[own]
                     shift = processor.frame_indices(int(dataset.lengths[place]), kind, 0)[0]
+                    if imagined and kind == "predictive" and not shift:
+                        raise ValueError(
+                            f"{imagined['num_future_frames']} frames were imagined, and fewer than min_imagined_frames="
+                            f"{processor.min_imagined_frames} are not looked at"
+                        )
                 except (ValueError, KeyError, TypeError) as error:
                     reason = f"it has no {error}" if isinstance(error, KeyError) else error
                     number = question.get("question_id") if isinstance(question, Mapping) else question
@@ -345,8 +365,14 @@ def build_model(
     args: AloeTrainArguments, overrides: Mapping[str, Any], dataset: SlotDataset
 ) -> tuple[AloeForVideoQuestionAnswering, AloeProcessor]:
     """The model to train, sized by the slots, and its processor. ValueError where they contradict `overrides`."""
+    imagined = imagination_settings(dataset) or {}
+    imagined = {name: imagined[name] for name in ("contact_distance", "num_future_frames") if name in imagined}
+    if imagined:  # however few were imagined, they are what predictive questions are about
+        imagined["min_imagined_frames"] = imagined["num_future_frames"]
     if args.init_model:
         processor = AloeProcessor.from_pretrained(args.init_model)
+        for name, value in imagined.items():
+            setattr(processor, name, value)
         model = AloeForVideoQuestionAnswering.from_pretrained(
             args.init_model, use_safetensors=True, dtype=torch.float32
         )
@@ -369,7 +395,7 @@ def build_model(
         num_frames=config.num_frames,
         observed_frames=args.observed_frames,
         unknown_word=args.unknown_word,
-        contact_distance=(dataset.metadata.get("source") or {}).get("contact_distance"),  # of `cjepa-hf imagine`
+        **imagined,
     )
     return AloeForVideoQuestionAnswering(config), processor
 
@@ -387,6 +413,8 @@ def whiten_projection(model: AloeForVideoQuestionAnswering, dataset: SlotDataset
     slots = slots.flatten(0, 2).double()
     mean = slots.mean(0)
     variance, directions = torch.linalg.eigh((slots - mean).T @ (slots - mean) / len(slots))
+    if not variance.max() > 1e-12:
+        raise ValueError(f"all slots of {dataset.name} are the same: there is nothing to whiten")
     scale = (variance.clamp(min=0) + 1e-4 * variance.max()).rsqrt()
     weight = model.slot_projection.weight
     rotation = torch.nn.init.orthogonal_(torch.empty(len(weight), len(mean))).double()
@@ -410,7 +438,7 @@ def main(argv: Sequence[str] | None = None) -> TrainResult:
             validation_slots = load_slot_dataset(args.dataset, args.validation_split, revision=args.dataset_revision)
     torch.manual_seed(args.seed)
     model, processor = build_model(args, overrides, slots)
-    if args.whiten_slots and not args.init_model:
+    if args.whiten_slots:
         whiten_projection(model, slots)
     options = {"question_types": args.chosen_types(), "text_only": args.text_only}
     questions = QuestionDataset(slots, scenes, processor, random_start=args.random_start, **options)

@@ -31,7 +31,8 @@ class AloeConfig(PreTrainedConfig):
         layer_norm_eps (`float`, defaults to 1e-5): Epsilon of the layer norms.
         video_attends_to_text (`bool`, defaults to `True`): Slots attend to the words too, as in the released code. With
             `False` they attend to slots alone, so a video is encoded once for all of its questions and options: with
-            CLEVRER's 17 texts per video several times as fast, in training and in answering.
+            CLEVRER's 17 texts per video several times as fast, in training and in answering. Shapes then depend on the data:
+            such a model cannot be compiled as one graph, and records no attentions.
 
     Unknown keys are a ValueError that names the nearest field.
     """

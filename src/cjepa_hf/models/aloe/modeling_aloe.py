@@ -90,6 +90,10 @@ def _text_rows(video_index: torch.Tensor, num_videos: int) -> tuple[torch.Tensor
     return row, rank % TEXTS_AT_ONCE, torch.arange(num_videos, device=order.device).repeat_interleave(rows)
 
 
+def _within(index: torch.Tensor, size: int) -> bool:
+    return bool((index >= 0).all() and (index < size).all())
+
+
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
     """Attention that also returns its weights; query, key, value are [S, H, tokens, head_dim], the mask is bool or None."""
     scores = torch.matmul(query * scaling, key.transpose(2, 3))
@@ -178,13 +182,21 @@ class AloeLayer(GradientCheckpointingLayer):
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
         self.dropout = config.hidden_dropout
 
-    def forward(self, hidden_states: torch.Tensor, mask: torch.Tensor | None, first_only: bool = False, text=None):
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        mask: torch.Tensor | None,
+        first_only: bool = False,
+        states: torch.Tensor | None = None,
+        words: torch.Tensor | None = None,
+        text_video: torch.Tensor | None = None,
+    ):
         """
-        Tokens [S, tokens, size] -> the same, or only the first. With `text` = (texts [B, Q, L, size], words bool [B, Q, L],
-        the videos of the B) `hidden_states` are videos that see no text: (videos, texts), the videos None from the last.
+        Tokens [S, tokens, size] -> the same, or only the first. With texts `states` [B, Q, L, size], `words` bool [B, Q, L]
+        and the videos `text_video` of the B, `hidden_states` are videos that see no text: returns (videos, texts), from the
+        last layer with None for the videos.
         """
-        if text is not None:
-            states, words, text_video = text
+        if states is not None:
             video = self.norm1(hidden_states)
             attended = self.attention.read_video(self.norm1(states), words, video, text_video, first_only)
             states = self._rest(states[:, :, :1] if first_only else states, attended)
@@ -251,6 +263,7 @@ class AloeForVideoQuestionAnswering(SafePreTrainedModel):
 
     def __init__(self, config: AloeConfig):
         super().__init__(config)
+        self._can_compile_fullgraph = config.video_attends_to_text
         size = config.hidden_size
         # Constant flags are appended before the projections: to a slot (not text, vision), to a word (part of the
         # question or of what is asked about it; text, not vision).
@@ -300,6 +313,13 @@ class AloeForVideoQuestionAnswering(SafePreTrainedModel):
             raise ValueError(
                 f"attention_mask has shape {tuple(attention_mask.shape)}: expected {tuple(input_ids.shape)}."
             )
+        if not len(input_ids):
+            raise ValueError("input_ids holds no text.")
+        if video_index is not None and (
+            video_index.is_floating_point()
+            or (not self.config.video_attends_to_text and not _within(video_index, len(slots)))
+        ):
+            raise ValueError(f"video_index must be integers from 0 to {len(slots) - 1}, got {video_index.tolist()}.")
         if video_index is None and len(slots) != len(input_ids):
             raise ValueError(
                 f"{len(slots)} videos and {len(input_ids)} text sequences: pass video_index, the video of each sequence."
@@ -324,7 +344,7 @@ class AloeForVideoQuestionAnswering(SafePreTrainedModel):
         seen[..., 0] = True  # also where no text is
         seen[row, column] = words
         for index, layer in enumerate(self.layers):
-            video, rows = layer(video, None, index == len(self.layers) - 1, (rows, seen, text_video))
+            video, rows = layer(video, None, index == len(self.layers) - 1, rows, seen, text_video)
         return rows[row, column, 0]
 
     @merge_with_config_defaults
@@ -351,6 +371,8 @@ class AloeForVideoQuestionAnswering(SafePreTrainedModel):
             is_option (`torch.BoolTensor` of shape `(S,)`, *optional*): True for a sequence with an option. Default: all
                 are descriptive.
             video_index (`torch.LongTensor` of shape `(S,)`, *optional*): The video of each sequence; default: in order.
+            question_index (`torch.LongTensor` of shape `(S,)`, *optional*): The question of each sequence; not read here,
+                but by [`AloeProcessor.post_process_answers`].
             labels (`torch.LongTensor` of shape `(S,)`, *optional*): The answer of a descriptive question; 1 or 0 for an
                 option that is correct or wrong; negative: unknown.
             output_attentions, output_hidden_states (`bool`, *optional*): Attentions need
@@ -360,9 +382,10 @@ class AloeForVideoQuestionAnswering(SafePreTrainedModel):
         """
         self._check(slots, input_ids, attention_mask, is_option, video_index, labels)
         config = self.config
-        if not config.video_attends_to_text and (
-            kwargs.get("output_attentions") or kwargs.get("output_hidden_states")
-        ):
+        wanted = (
+            kwargs.get(name, getattr(config, name, False)) for name in ("output_attentions", "output_hidden_states")
+        )
+        if not config.video_attends_to_text and any(wanted):
             raise ValueError("with video_attends_to_text=False neither attentions nor hidden states are recorded.")
         if is_option is None:
             is_option = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)

@@ -37,8 +37,9 @@ class AloeProcessor(ProcessorMixin):
         observed_frames (`int`, defaults to 128): Frames of a video before the imagined ones.
         min_imagined_frames (`int`, defaults to 23): A predictive question looks at imagined frames from this number on
             (the released code: if the video has more than 150 frames).
-        contact_distance (`float`, *optional*): Not used here: where the videos of counterfactual questions that the model
-            was trained on begin to be imagined, see `pipeline("video-question-answering")`, whose default it is.
+        contact_distance (`float`, *optional*), num_future_frames (`int`, defaults to 32): Not used here: with them the
+            videos that the model was trained on were imagined (`cjepa-hf imagine`). They are the defaults of
+            `pipeline("video-question-answering")`.
 
     Example:
 
@@ -63,6 +64,7 @@ class AloeProcessor(ProcessorMixin):
         observed_frames: int = 128,
         min_imagined_frames: int = 23,
         contact_distance: float | None = None,
+        num_future_frames: int = 32,
     ):
         super().__init__()
         self.words = list(CLEVRER_WORDS if words is None else words)
@@ -70,7 +72,7 @@ class AloeProcessor(ProcessorMixin):
         self.max_question_length, self.max_choice_length = max_question_length, max_choice_length
         self.unknown_word, self.num_frames = unknown_word, num_frames
         self.observed_frames, self.min_imagined_frames = observed_frames, min_imagined_frames
-        self.contact_distance = contact_distance
+        self.contact_distance, self.num_future_frames = contact_distance, num_future_frames
         for name in ("words", "answers"):
             values = getattr(self, name)
             if len(set(values)) < len(values):
@@ -79,11 +81,19 @@ class AloeProcessor(ProcessorMixin):
         for word in self.words:
             if not word or word != word.lower() or "?" in word or len(word.split()) != 1:
                 raise ValueError(f"words holds {word!r}: expected lower-case words without spaces and question marks.")
-        for name in ("max_question_length", "max_choice_length", "num_frames", "min_imagined_frames"):
+        for name in (
+            "max_question_length",
+            "max_choice_length",
+            "num_frames",
+            "min_imagined_frames",
+            "num_future_frames",
+        ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r} must be a positive integer.")
-        if contact_distance is not None and not 0 < contact_distance < float("inf"):
+        if contact_distance is not None and not (
+            isinstance(contact_distance, int | float) and contact_distance is not True and 0 < contact_distance < 1e9
+        ):
             raise ValueError(f"contact_distance={contact_distance!r} must be a positive number or None.")
         if observed_frames < num_frames:
             raise ValueError(f"observed_frames={observed_frames} must be at least num_frames={num_frames}.")
