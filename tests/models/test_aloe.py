@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModel, AutoProcessor
 
 import cjepa_hf
 from cjepa_hf import AloeConfig, AloeForVideoQuestionAnswering, AloeProcessor
-from cjepa_hf.models.aloe.modeling_aloe import question_losses
+from cjepa_hf.models.aloe.modeling_aloe import question_losses, with_context
 from cjepa_hf.training.aloe import right_sequences
 
 TOLERANCE = dict(atol=1e-5, rtol=1e-5)
@@ -218,6 +218,20 @@ def test_questions_about_the_same_frames_share_them():
     )
     assert len(inputs["slots"]) == 2  # observed frames, and those that end with the imagined ones
     assert inputs["video_index"].tolist() == [0, 1, 0, 0] and inputs["question_index"].tolist() == [0, 1, 2, 2]
+
+
+def test_context_is_the_slot_itself_before_and_after():
+    slots = torch.randn(2, 4, 3, 8)
+    seen = with_context(slots, 1)
+    assert seen.shape == (2, 4, 3, 24) and torch.equal(seen[..., 8:16], slots)
+    assert torch.equal(seen[:, 1:, :, :8], slots[:, :-1]) and torch.equal(seen[:, 0, :, :8], slots[:, 0])
+    assert torch.equal(seen[:, :-1, :, 16:], slots[:, 1:]) and torch.equal(seen[:, -1, :, 16:], slots[:, -1])
+    model, ids = tiny(slot_context=2), torch.randint(1, 80, (2, 32))
+    assert model.slot_projection.in_features == 5 * 8 + 2
+    changed = slots.clone()
+    changed[:, 3] += 1
+    with torch.no_grad():
+        assert not torch.equal(model(slots, ids).answer_logits, model(changed, ids).answer_logits)
 
 
 def test_a_video_that_does_not_attend_to_text_is_the_same_model_with_a_mask():

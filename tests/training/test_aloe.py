@@ -13,6 +13,7 @@ import torch
 
 from cjepa_hf.data.slots import load_slot_dataset, write_slot_dataset
 from cjepa_hf.models.aloe import AloeConfig, AloeForVideoQuestionAnswering, AloeProcessor
+from cjepa_hf.models.aloe.modeling_aloe import with_context
 from cjepa_hf.training.aloe import (
     AloeTrainArguments,
     QuestionDataset,
@@ -213,15 +214,54 @@ def test_whitened_slots_have_the_same_variance_in_all_directions(tmp_path):
         for i in range(9)
     ]
     dataset = load_slot_dataset(write_slot_dataset(tmp_path / "slots", {"train": episodes}, frame_skip=1), "train")
+    asked = {
+        "question_id": 0,
+        "question_type": "descriptive",
+        "question": "How many collisions happen?",
+        "answer": "1",
+    }
+    scenes = [{"scene_index": i, "video_filename": f"{i}.mp4", "questions": [asked]} for i in range(9)]
+    questions = QuestionDataset(dataset, scenes, AloeProcessor(num_frames=50, observed_frames=50))
     model = AloeForVideoQuestionAnswering(AloeConfig(num_slots=N, slot_size=D, **TINY))
     flags = model.slot_projection.weight[:, D:].clone()
-    whiten_projection(model, dataset)
+    whiten_projection(model, questions)
     assert torch.equal(model.slot_projection.weight[:, D:], flags)
     slots = torch.from_numpy(np.concatenate([one["slots"] for one in episodes])).flatten(0, 1)
     with torch.no_grad():
         read = slots @ model.slot_projection.weight[:, :D].T + model.slot_projection.bias
     sizes = torch.linalg.svdvals(read - read.mean(0))[:D] / len(read) ** 0.5
     assert sizes.min() > 0.85 and sizes.max() < 1.15 and read.mean(0).abs().max() < 0.2
+
+
+def test_whitened_context_makes_small_movements_as_large_as_positions(tmp_path):
+    rng = np.random.default_rng(0)
+    speed = 0.05 * rng.normal(size=(64, 1, N, 1))  # positions of about 1, moved by 0.05 per frame
+    slots = rng.normal(size=(64, 1, N, 1)) + speed * np.arange(9)[None, :, None, None]
+    slots = np.concatenate([slots, np.zeros((64, 9, N, D - 1))], axis=-1).astype(np.float32)
+    episodes = [{"episode_id": str(i), "slots": video} for i, video in enumerate(slots)]
+    dataset = load_slot_dataset(write_slot_dataset(tmp_path / "slots", {"train": episodes}, frame_skip=1), "train")
+    asked = {
+        "question_id": 0,
+        "question_type": "descriptive",
+        "question": "How many collisions happen?",
+        "answer": "1",
+    }
+    scenes = [{"scene_index": i, "video_filename": f"{i}.mp4", "questions": [asked]} for i in range(64)]
+    questions = QuestionDataset(dataset, scenes, AloeProcessor(num_frames=9, observed_frames=9))
+    model = AloeForVideoQuestionAnswering(
+        AloeConfig(num_slots=N, slot_size=D, slot_context=1, **TINY | {"num_frames": 9})
+    )
+    whiten_projection(model, questions)
+    video = torch.from_numpy(slots)
+    read = (
+        with_context(video, 1) @ model.slot_projection.weight[:, : 3 * D].detach().T
+        + model.slot_projection.bias.detach()
+    )
+    read = read[:, 1:-1].flatten(0, 2)
+    speed = torch.from_numpy(np.broadcast_to(speed[..., 0], (64, 7, N)).reshape(-1).astype(np.float32))
+    solution = torch.linalg.lstsq(torch.cat([read, torch.ones(len(read), 1)], 1), speed[:, None]).solution[:-1]
+    # a change of the speed by a standard deviation moves what is read by about as much as noise of size 1
+    assert (speed.std() / solution.norm()) > 0.5
 
 
 def test_grouped_by_video_every_question_comes_once_with_its_video(data):

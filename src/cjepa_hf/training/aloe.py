@@ -20,6 +20,7 @@ from transformers.hf_argparser import HfArg
 from ..data.clevrer import load_questions, question_episode, video_names
 from ..data.slots import SlotDataset, frame_columns, load_slot_dataset
 from ..models.aloe import QUESTION_TYPES, AloeConfig, AloeForVideoQuestionAnswering, AloeProcessor
+from ..models.aloe.modeling_aloe import with_context
 from .arguments import TrainArguments, config_arguments, config_fields, config_overrides, parse_arguments
 from .trainer import TrainResult, make_accelerator, result_files, train_and_save, training_results
 
@@ -401,24 +402,23 @@ def build_model(
 
 
 @torch.no_grad()
-def whiten_projection(model: AloeForVideoQuestionAnswering, dataset: SlotDataset, num_frames: int = 4096) -> None:
+def whiten_projection(model: AloeForVideoQuestionAnswering, questions: QuestionDataset, num_views: int = 1024) -> None:
     """
-    Sets the projection of slots to whitening followed by a rotation: whatever differs between the slots of `dataset` has
-    variance 1 in what the model reads, down to a hundredth of the largest standard deviation. Weights alone change.
+    Sets the projection of slots to whitening followed by a rotation: whatever differs between the slots of `questions` (with
+    their context, if the model reads it) has variance 1 in what the model reads, down to a hundredth of the largest standard
+    deviation, and the largest directions if there are more than it has room for. Weights alone change.
     """
-    rng = np.random.default_rng(0)
-    episodes = np.sort(rng.integers(0, len(dataset), num_frames))
-    frames = (rng.random(num_frames) * dataset.lengths[episodes]).astype(np.int64)[:, None]
-    slots = torch.from_numpy(frame_columns(dataset.data, ["slots"])["slots"].gather(episodes, frames))
+    chosen = np.random.default_rng(0).permutation(len(questions))[:num_views]
+    slots = with_context(questions.__getitems__(np.sort(chosen))["slots"], model.config.slot_context)
     slots = slots.flatten(0, 2).double()
     mean = slots.mean(0)
     variance, directions = torch.linalg.eigh((slots - mean).T @ (slots - mean) / len(slots))
     if not variance.max() > 1e-12:
-        raise ValueError(f"all slots of {dataset.name} are the same: there is nothing to whiten")
-    scale = (variance.clamp(min=0) + 1e-4 * variance.max()).rsqrt()
+        raise ValueError(f"all slots of {questions.dataset.name} are the same: there is nothing to whiten")
     weight = model.slot_projection.weight
-    rotation = torch.nn.init.orthogonal_(torch.empty(len(weight), len(mean))).double()
-    whitening = rotation @ (directions * scale).T
+    scale = (variance.clamp(min=0) + 1e-4 * variance.max()).rsqrt()
+    whitener = (directions * scale).T[-len(weight) :]  # the largest come last
+    whitening = torch.nn.init.orthogonal_(torch.empty(len(weight), len(whitener))).double() @ whitener
     weight[:, : len(mean)] = whitening.to(weight)
     model.slot_projection.bias.copy_(-whitening @ mean)
 
@@ -438,10 +438,10 @@ def main(argv: Sequence[str] | None = None) -> TrainResult:
             validation_slots = load_slot_dataset(args.dataset, args.validation_split, revision=args.dataset_revision)
     torch.manual_seed(args.seed)
     model, processor = build_model(args, overrides, slots)
-    if args.whiten_slots:
-        whiten_projection(model, slots)
     options = {"question_types": args.chosen_types(), "text_only": args.text_only}
     questions = QuestionDataset(slots, scenes, processor, random_start=args.random_start, **options)
+    if args.whiten_slots and not args.text_only:
+        whiten_projection(model, questions)
     if (questions.known_labels() < 0).any():
         raise ValueError(f"{args.questions} holds questions without answers: train on a split that has them")
     validation = None

@@ -33,6 +33,9 @@ class AloeConfig(PreTrainedConfig):
             `False` they attend to slots alone, so a video is encoded once for all of its questions and options: with
             CLEVRER's 17 texts per video several times as fast, in training and in answering. Shapes then depend on the data:
             such a model cannot be compiled as one graph, and records no attentions.
+        slot_context (`int`, defaults to 0): A slot is read together with itself in this many seen frames before and after (the
+            first and the last repeated at the ends): what moves, turns, enters or leaves is then told by one token. Needs
+            slots that stay with their objects.
 
     Unknown keys are a ValueError that names the nearest field.
     """
@@ -56,6 +59,7 @@ class AloeConfig(PreTrainedConfig):
     attention_dropout: float | int = 0.1
     layer_norm_eps: float | int = 1e-5
     video_attends_to_text: bool = True
+    slot_context: int = 0
 
     def __post_init__(self, **kwargs):
         check_keys(self, kwargs)
@@ -70,8 +74,9 @@ class AloeConfig(PreTrainedConfig):
     def _check_fields(self):
         # not a validator of @strict, whose errors are no ValueError
         for name in AloeConfig.__annotations__:
-            if AloeConfig.__annotations__[name] is int and getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+            least = 0 if name == "slot_context" else 1
+            if AloeConfig.__annotations__[name] is int and getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}.")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads={self.num_attention_heads}."

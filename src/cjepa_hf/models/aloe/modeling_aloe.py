@@ -72,6 +72,16 @@ def question_losses(
     )
 
 
+def with_context(slots: torch.Tensor, context: int) -> torch.Tensor:
+    """Slots [V, T, N, D] with themselves in `context` frames before and after, [V, T, N, (2 * context + 1) * D]; the first
+    and the last frame are repeated."""
+    if not context:
+        return slots
+    frame = torch.arange(slots.shape[1], device=slots.device)
+    places = [(frame + step).clamp(0, slots.shape[1] - 1) for step in range(-context, context + 1)]
+    return torch.cat([slots[:, place] for place in places], dim=-1)
+
+
 # Texts of one video that read its slots together, where videos are encoded once.
 TEXTS_AT_ONCE = 4
 
@@ -267,7 +277,7 @@ class AloeForVideoQuestionAnswering(SafePreTrainedModel):
         size = config.hidden_size
         # Constant flags are appended before the projections: to a slot (not text, vision), to a word (part of the
         # question or of what is asked about it; text, not vision).
-        self.slot_projection = nn.Linear(config.slot_size + 2, size)
+        self.slot_projection = nn.Linear((2 * config.slot_context + 1) * config.slot_size + 2, size)
         self.word_embedding = nn.Embedding(config.vocab_size, config.word_embedding_size)
         self.word_projection = nn.Linear(config.word_embedding_size + 4, size)
         self.first_token = nn.Parameter(torch.zeros(size))
@@ -393,7 +403,8 @@ class AloeForVideoQuestionAnswering(SafePreTrainedModel):
         words = input_ids != 0 if attention_mask is None else attention_mask.bool()
 
         slots = slots.to(self.dtype)
-        vision = F.pad(F.pad(slots, (0, 1)), (0, 1), value=1.0)  # the flags 0, 1
+        vision = with_context(slots, config.slot_context)
+        vision = F.pad(F.pad(vision, (0, 1)), (0, 1), value=1.0)  # the flags 0, 1
         vision = self.slot_projection(vision).flatten(1, 2)  # projected once per video, not per sequence
         text = self.word_embedding(input_ids)
         place = torch.arange(config.max_text_length, device=input_ids.device)
