@@ -182,6 +182,18 @@ def test_a_model_of_constant_velocity_scores_as_the_control(results):
     assert against["constant velocity"]["position_error 16, quotient"]["value"] == pytest.approx(1, abs=0.1)
 
 
+def test_models_are_compared_with_the_first_on_the_same_resampled_videos(dataset, tmp_path):
+    flying_model().save_pretrained(tmp_path / "one")
+    flying_model().save_pretrained(tmp_path / "two")
+    models = [str(tmp_path / name) for name in ("one", "two")]
+    results = evaluate_cf_rollout(models, dataset=str(dataset), num_tasks=TEST, starts=("B",), progress=False)
+    pairs = [(row["name"], row["control"]) for row in results["against"]]
+    assert ("two", "one") in pairs and ("one", "two") not in pairs
+    (row,) = [row for row in results["against"] if row["control"] == "one"]
+    assert row["position_error 32, quotient"] == pytest.approx({"value": 1.0, "low": 1.0, "high": 1.0})
+    assert row["cell_mean"] == pytest.approx({"value": 0.0, "low": 0.0, "high": 0.0})
+
+
 def test_constant_velocity_in_slots_is_constant_velocity_in_space(truth, probe):
     scenes, removals = truth
     slots = StateSlots().slots(scenes.states)

@@ -445,7 +445,7 @@ def evaluate_cf_rollout(
     Returns:
         {"rows": one dict per system and start with `position_error`, `cell_mean`, `cells`, `third_object`, `informative`
         and `questions`; "factual": events of videos imagined as they are; "against": differences of each model to
-        constant velocity; "slots": what reads objects from slots, and how well; ...}.
+        constant velocity, to copying the video and to the first model; "slots": what reads objects from slots, and how well; ...}.
     """
     rules = load_protocol(protocol)
     unknown = [name for name in operators if name not in OPERATORS] + [name for name in starts if name not in "AB"]
@@ -572,8 +572,10 @@ def evaluate_cf_rollout(
             add(f"{label}, wrong object", other, label, removals.wrong, **more)
             if occluded and branch:
                 _add_occluded(results, net, label, observed, probe, scenes, removals, bootstrap, batch_size)
-        for label in nets:
-            results["against"] += _differences(samples, start, _with(label, operators[0], operators))
+        own = [_with(label, operators[0], operators) for label in nets]
+        for label in own:
+            controls = ["constant velocity", "copy the video"] + ([own[0]] if label != own[0] else [])
+            results["against"] += _differences(samples, start, label, controls)
     if text_only is not None:
         results["rows"].append(_text_only_row(text_only, rules, num_tasks, scenes, removals, device))
     if on_row is not None:
@@ -668,10 +670,10 @@ def _factual_rows(slots, probe, states, contacts, rules, scenes=None) -> _Factua
     )
 
 
-def _differences(samples, start, label) -> list[dict[str, Any]]:
-    """A model minus constant velocity, on the same resampled videos; of errors also their quotient."""
+def _differences(samples, start, label, controls) -> list[dict[str, Any]]:
+    """A model minus each control, on the same resampled videos; of errors their quotient."""
     rows = []
-    for control in ("constant velocity", "copy the video"):
+    for control in controls:
         mine, other = samples[start, label], samples[start, control]
         row: dict[str, Any] = {"name": label, "start": start, "control": control}
         for key in mine:
