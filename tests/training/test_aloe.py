@@ -22,6 +22,7 @@ from cjepa_hf.training.aloe import (
     main,
     question_loss,
     question_metrics,
+    structure_positions,
     whiten_projection,
 )
 from cjepa_hf.training.arguments import config_arguments, config_overrides, parse_arguments
@@ -262,6 +263,20 @@ def test_whitened_context_makes_small_movements_as_large_as_positions(tmp_path):
     solution = torch.linalg.lstsq(torch.cat([read, torch.ones(len(read), 1)], 1), speed[:, None]).solution[:-1]
     # a change of the speed by a standard deviation moves what is read by about as much as noise of size 1
     assert (speed.std() / solution.norm()) > 0.5
+
+
+def test_structured_positions_tell_frames_and_slots_apart_and_near_frames_are_alike():
+    torch.manual_seed(0)
+    model = AloeForVideoQuestionAnswering(AloeConfig(num_slots=N, slot_size=D, **TINY | {"num_frames": 25}))
+    structure_positions(model)
+    table = model.position_embedding.detach()
+    assert not table[0].any() and not table[1 + 25 * N :].any()
+    table = table[1 : 1 + 25 * N].unflatten(0, (25, N))
+    frames, slots = table.mean(1), table - table.mean(1, keepdim=True)
+    torch.testing.assert_close(slots, slots[:1].expand_as(slots))  # the same in all frames
+    distance = torch.cdist(frames, frames)
+    assert (distance[0, 1:4].diff() > 0).all() and distance[0, 1] < 0.75 * distance[0, 12]
+    assert distance[~torch.eye(25, dtype=torch.bool)].min() > 0.3 and torch.cdist(slots[0], slots[0])[0, 1] > 0.3
 
 
 def test_grouped_by_video_every_question_comes_once_with_its_video(data):

@@ -37,6 +37,7 @@ class AloeTrainArguments(TrainArguments):
         "init_model",
         "text_only",
         "whiten_slots",
+        "structured_positions",
         "group_by_video",
         "random_start",
         "question_types",
@@ -77,14 +78,21 @@ class AloeTrainArguments(TrainArguments):
         help="Start from a projection of whitened slots, in which small differences between slots (such as material) count "
         "as much as large ones (such as position).",
     )
+    structured_positions: bool = HfArg(
+        default=False,
+        help="Start from positions that are a frame's (sines and cosines) plus a slot's (random), not from zeros: who is in "
+        "the same frame, and which frame is next, then need not be learned.",
+    )
     init_model: str | None = HfArg(default=None, help="ALOE (folder or Hub id) whose weights training starts from.")
 
     def __post_init__(self):
         super().__post_init__()
         self.chosen_types()
 
-        if self.whiten_slots and self.init_model:
-            raise ValueError("whiten_slots sets weights that init_model brings: leave one of them out")
+        if self.init_model and (self.whiten_slots or self.structured_positions):
+            raise ValueError(
+                "whiten_slots and structured_positions set weights that init_model brings: leave them out"
+            )
 
     def chosen_types(self) -> tuple[str, ...]:
         """The question types to train on; ValueError for an unknown one."""
@@ -423,6 +431,23 @@ def whiten_projection(model: AloeForVideoQuestionAnswering, questions: QuestionD
     model.slot_projection.bias.copy_(-whitening @ mean)
 
 
+@torch.no_grad()
+def structure_positions(model: AloeForVideoQuestionAnswering) -> None:
+    """
+    Sets the positions of slots to a part of their frame, sines and cosines with periods of 3 to 4 * num_frames frames, plus a
+    part of their slot, random: as large as what is read of whitened slots. Weights alone change.
+    """
+    config = model.config
+    half = config.hidden_size // 2
+    periods = 3 * (4 * config.num_frames / 3) ** torch.linspace(0, 1, half)
+    angle = 2 * torch.pi * torch.arange(config.num_frames)[:, None] / periods
+    frames = torch.zeros(config.num_frames, config.hidden_size)
+    frames[:, :half], frames[:, half : 2 * half] = angle.sin(), angle.cos()
+    slots = 0.3 * torch.randn(config.num_slots, config.hidden_size)
+    places = (0.5 * frames[:, None] + slots).flatten(0, 1)
+    model.position_embedding[1 : 1 + len(places)] = places.to(model.position_embedding)
+
+
 def main(argv: Sequence[str] | None = None) -> TrainResult:
     """Trains as the command line `argv` (default: `sys.argv[1:]`) says and leaves the model in `--output_dir`."""
     classes = [AloeTrainArguments, config_arguments(AloeConfig)]
@@ -442,6 +467,8 @@ def main(argv: Sequence[str] | None = None) -> TrainResult:
     questions = QuestionDataset(slots, scenes, processor, random_start=args.random_start, **options)
     if args.whiten_slots and not args.text_only:
         whiten_projection(model, questions)
+    if args.structured_positions:
+        structure_positions(model)
     if (questions.known_labels() < 0).any():
         raise ValueError(f"{args.questions} holds questions without answers: train on a split that has them")
     validation = None
