@@ -89,7 +89,7 @@ def test_a_measured_number_is_the_files(tmp_path):
 
 def test_a_card_shows_rollouts_of_its_models_beside_what_is_easy_and_leaves_controls_to_the_file(tmp_path):
     found = {"value": 0.25, "low": 0.2, "high": 0.3, "n": 9}
-    names = ["copy the video", "true positions", "mine, empty", "mine, no removal"]
+    names = ["copy the video", "true positions", "mine, empty", "mine, drop", "mine, no removal", "other, empty"]
     rows = [
         {
             "name": name,
@@ -100,12 +100,17 @@ def test_a_card_shows_rollouts_of_its_models_beside_what_is_easy_and_leaves_cont
         for start in "BA"
         for name in names
     ]
-    values = {"protocol": {"name": "cf-rollout"}, "models": {"mine": "runs/mine"}, "slots": {"encoder": "mine"}}
+    values = {
+        "protocol": {"name": "cf-rollout"},
+        "models": {"mine": "runs/mine", "other": "runs/other"},
+        "slots": {"encoder": "mine"},
+    }
     values |= {"factual": [{"name": "mine", "f1": found | {"value": 0.75}}], "rows": rows}
     (tmp_path / "a.json").write_text(json.dumps(values))
     text = card(ENTRIES["cjepa-pusht-small"], results=[tmp_path / "a.json"])
     table = [line for line in text.splitlines() if line.endswith("`a.json` |")]
-    assert len(table) == 5 and not [line for line in table if "no removal" in line or "true positions" in line]
+    assert len(table) == 7 and not [line for line in table if "drop" in line or "no removal" in line or "true" in line]
+    assert [line for line in table if "other, empty" in line]  # beside it, but not its own result
     assert "mine, empty, from pixels | 0.125 | 0.2 to 0.3 | 9 |" in text and "mine, from pixels | 0.75 |" in text
     indexed = {result.metric_type: result.metric_value for result in ModelCard(text).data.eval_results}
     assert indexed == {"f1": 0.75, "position_error": 0.125, "accuracy": 0.25}

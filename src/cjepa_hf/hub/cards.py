@@ -304,10 +304,10 @@ def _measured(path: Path) -> list[dict]:
 
 
 def _measured_rollouts(values: dict) -> list[dict]:
-    """The rows of a file of cf-rollout that say how good its models are, and those that say what is easy."""
-    controls = ("copy the video", "constant velocity")
-    operators = ("", ", empty", ", drop", ", mask")
-    own = [name + operator for name in values["models"] for operator in operators]
+    """The rows of a file of cf-rollout that say how good its first model is, and those of what it is compared with."""
+    first, *others = values["models"]
+    own = [first, f"{first}, empty"]
+    controls = ["copy the video", "constant velocity"] + [name + how for name in others for how in ("", ", empty")]
     pixels = ", from pixels" if values["slots"]["encoder"] != "state" else ""
 
     def row(name: str, metric: str, what: str, found: dict) -> dict:
