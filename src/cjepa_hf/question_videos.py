@@ -23,8 +23,8 @@ from .data.slots import (
     SlotDatasetWriter,
     fingerprint,
     frame_columns,
+    is_finished,
     load_slot_dataset,
-    writer_arguments,
 )
 from .imagination import extend_video, first_contact, is_empty, remove_object
 from .models.aloe import QUESTION_TYPES
@@ -182,11 +182,8 @@ def write_question_videos(
         },
         "fps": metadata["fps"],
     }
-    if (output_dir / METADATA_FILE).is_file():
-        there = read_json(output_dir / METADATA_FILE)
-        if all(there.get(name) == value for name, value in writer_arguments(**arguments).items()):
-            return output_dir
-        raise FileExistsError(f"{output_dir} is a finished dataset made with other arguments: choose another folder")
+    if is_finished(output_dir, arguments):
+        return output_dir
     writer = SlotDatasetWriter(output_dir, frames_per_file=frames_per_file, **arguments)
     for split in chosen:
         data = load_slot_dataset(dataset, split)

@@ -207,27 +207,31 @@ def test_random_starts_cover_all_first_frames_and_the_default_repeats(data):
     assert (fixed.__getitems__(range(100))["slots"][:, 0, 0, -1] * FRAMES == 1).all()
 
 
-def test_whitened_slots_have_the_same_variance_in_all_directions(tmp_path):
-    rng = np.random.default_rng(0)
-    mixing = np.linalg.qr(rng.normal(size=(D, D)))[0] * np.geomspace(1, 0.05, D)
-    episodes = [
-        {"episode_id": str(i), "slots": (rng.normal(size=(50, N, D)) @ mixing.T + 3).astype(np.float32)}
-        for i in range(9)
-    ]
-    dataset = load_slot_dataset(write_slot_dataset(tmp_path / "slots", {"train": episodes}, frame_skip=1), "train")
+def one_question_each(slots, folder) -> QuestionDataset:
+    """One question about each of the videos `slots` [B, T, N, D], all frames of which are seen."""
+    episodes = [{"episode_id": str(i), "slots": video} for i, video in enumerate(slots)]
+    dataset = load_slot_dataset(write_slot_dataset(folder / "slots", {"train": episodes}, frame_skip=1), "train")
     asked = {
         "question_id": 0,
         "question_type": "descriptive",
         "question": "How many collisions happen?",
         "answer": "1",
     }
-    scenes = [{"scene_index": i, "video_filename": f"{i}.mp4", "questions": [asked]} for i in range(9)]
-    questions = QuestionDataset(dataset, scenes, AloeProcessor(num_frames=50, observed_frames=50))
+    scenes = [{"scene_index": i, "video_filename": f"{i}.mp4", "questions": [asked]} for i in range(len(slots))]
+    frames = slots.shape[1]
+    return QuestionDataset(dataset, scenes, AloeProcessor(num_frames=frames, observed_frames=frames))
+
+
+def test_whitened_slots_have_the_same_variance_in_all_directions(tmp_path):
+    rng = np.random.default_rng(0)
+    mixing = np.linalg.qr(rng.normal(size=(D, D)))[0] * np.geomspace(1, 0.05, D)
+    slots = (rng.normal(size=(9, 50, N, D)) @ mixing.T + 3).astype(np.float32)
+    questions = one_question_each(slots, tmp_path)
     model = AloeForVideoQuestionAnswering(AloeConfig(num_slots=N, slot_size=D, **TINY))
     flags = model.slot_projection.weight[:, D:].clone()
     whiten_projection(model, questions)
     assert torch.equal(model.slot_projection.weight[:, D:], flags)
-    slots = torch.from_numpy(np.concatenate([one["slots"] for one in episodes])).flatten(0, 1)
+    slots = torch.from_numpy(slots).flatten(0, 2)
     with torch.no_grad():
         read = slots @ model.slot_projection.weight[:, :D].T + model.slot_projection.bias
     sizes = torch.linalg.svdvals(read - read.mean(0))[:D] / len(read) ** 0.5
@@ -239,16 +243,7 @@ def test_whitened_context_makes_small_movements_as_large_as_positions(tmp_path):
     speed = 0.05 * rng.normal(size=(64, 1, N, 1))  # positions of about 1, moved by 0.05 per frame
     slots = rng.normal(size=(64, 1, N, 1)) + speed * np.arange(9)[None, :, None, None]
     slots = np.concatenate([slots, np.zeros((64, 9, N, D - 1))], axis=-1).astype(np.float32)
-    episodes = [{"episode_id": str(i), "slots": video} for i, video in enumerate(slots)]
-    dataset = load_slot_dataset(write_slot_dataset(tmp_path / "slots", {"train": episodes}, frame_skip=1), "train")
-    asked = {
-        "question_id": 0,
-        "question_type": "descriptive",
-        "question": "How many collisions happen?",
-        "answer": "1",
-    }
-    scenes = [{"scene_index": i, "video_filename": f"{i}.mp4", "questions": [asked]} for i in range(64)]
-    questions = QuestionDataset(dataset, scenes, AloeProcessor(num_frames=9, observed_frames=9))
+    questions = one_question_each(slots, tmp_path)
     model = AloeForVideoQuestionAnswering(
         AloeConfig(num_slots=N, slot_size=D, slot_context=1, **TINY | {"num_frames": 9})
     )

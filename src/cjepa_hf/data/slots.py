@@ -700,6 +700,17 @@ def writer_arguments(frame_skip, encoder=None, source=None, fps=None, units=None
     return json.loads(json.dumps(arguments))
 
 
+def is_finished(output_dir: Path, arguments: Mapping) -> bool:
+    """Whether a folder holds the finished dataset that a writer with `arguments` would make; `FileExistsError` if it holds
+    another one."""
+    if not (output_dir / METADATA_FILE).is_file():
+        return False
+    there = _read_metadata(output_dir / METADATA_FILE, str(output_dir))
+    if any(there.get(name) != value for name, value in writer_arguments(**arguments).items()):
+        raise FileExistsError(f"{output_dir} is a finished dataset made with other arguments: choose another folder")
+    return True
+
+
 def _check_split_name(split: str) -> None:
     if not re.fullmatch(r"\w+(\.\w+)*", split):
         raise ValueError(f"split {split!r} is not a name that `datasets` accepts: use letters, digits and _")

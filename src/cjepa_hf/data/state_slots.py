@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from ..simulators.rendering import COLORS, MATERIALS, MAX_OBJECTS, OBJECT_STATE_NAMES, SHAPES, VIEW_SIZE
 from .clevrer import SPLITS, ClevrerFolder, read_json
-from .slots import METADATA_FILE, SlotDatasetWriter, fingerprint, writer_arguments
+from .slots import SlotDatasetWriter, fingerprint, is_finished
 
 __all__ = ["OBJECT_PAIRS", "annotation_states", "empty_slot", "state_slots", "write_state_slots"]
 
@@ -168,11 +168,8 @@ def write_state_slots(
         "fps": _FPS,
         "units": {"state": "world units, rad, per second"},
     }  # fmt: skip
-    if (output_dir / METADATA_FILE).is_file():
-        there = read_json(output_dir / METADATA_FILE)
-        if all(there.get(name) == value for name, value in writer_arguments(**arguments).items()):
-            return output_dir
-        raise FileExistsError(f"{output_dir} is a finished dataset made with other arguments: choose another folder")
+    if is_finished(output_dir, arguments):
+        return output_dir
     writer = SlotDatasetWriter(output_dir, frames_per_file=frames_per_file, **arguments)
     for split, found in files.items():
         done, total = writer.finished(split), 0

@@ -30,8 +30,8 @@ class AloeConfig(PreTrainedConfig):
             part, and of the attention weights. On a CPU, attention is several times as fast in training without.
         layer_norm_eps (`float`, defaults to 1e-5): Epsilon of the layer norms.
         video_attends_to_text (`bool`, defaults to `True`): Slots attend to the words too, as in the released code. With
-            `False` they attend to slots alone, so a video is encoded once for all of its questions and options: with
-            CLEVRER's 17 texts per video several times as fast, in training and in answering. Shapes then depend on the data:
+            `False` they attend to slots alone, so a video is encoded once for all of its questions and options, not
+            once for each (17 per video in CLEVRER), in training and in answering. Shapes then depend on the data:
             such a model cannot be compiled as one graph, and records no attentions.
         slot_context (`int`, defaults to 0): A slot is read together with itself in this many seen frames before and after (the
             first and the last repeated at the ends): what moves, turns, enters or leaves is then told by one token. Needs

@@ -170,9 +170,8 @@ class AloeAttention(nn.Module):
             ],
             dim=-1,
         )
-        weights = scores.softmax(
-            dim=-1
-        )  # in bfloat16 too: it sums in float32 inside, and copies cost more than it does
+        # in bfloat16 too: it sums in float32 inside, and copies cost more than it does
+        weights = scores.softmax(dim=-1)
         dropout = self.config.attention_dropout if self.training else 0.0
         weights = fast_dropout(weights, dropout, self.training)
         seen = torch.matmul(weights[..., :places].flatten(2, 3), slot_value).unflatten(2, shape)
