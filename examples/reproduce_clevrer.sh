@@ -14,7 +14,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 out=${1:-runs/collisions}
 shift || true
 steps=${*:-collect slots world_model probe oc_jepa questions aloe aloe_text_only evaluate answers pixel_collect \
-  pixel_encoder pixel_slots pixel_world_model pixel_probe pixel_oc_jepa pixel_questions pixel_aloe pixel_evaluate \
+  pixel_encoder pixel_slots pixel_world_model pixel_probe pixel_oc_jepa pixel_question_slots pixel_questions pixel_aloe pixel_evaluate \
   pixel_answers}
 seed=${SEED:-0}
 mkdir -p "$out"
@@ -42,15 +42,18 @@ for step in $steps; do
     pixel_slots)  # frames are drawn from the states of the same scenes; 4,000 videos to train on
       cjepa-hf extract "$out/scenes" --encoder "$out/pixel_encoder" --output-dir "$out/pixel_slots" --num-frames 512000
       ;;
+    pixel_question_slots)  # of all videos: there is more to learn about questions
+      cjepa-hf extract "$out/scenes" --encoder "$out/pixel_encoder" --output-dir "$out/pixel_question_slots" \
+        --num-frames 1024000
+      ;;
     *probe)  # with it, the objects that questions name are found
       encoder=state
       if [ "$step" = pixel_probe ]; then encoder=$out/pixel_encoder; fi
       cjepa-hf probe "$out/$slots" --encoder "$encoder" --output-dir "$out/${step%probe}world_model"
       ;;
-    *questions)  # the videos that predictive and counterfactual questions are answered from; 4,000 to train on
-      some=()
-      if [ "$step" = questions ]; then some=(--num-videos 4000); fi
-      cjepa-hf imagine "$out/$slots" --questions "$out/scenes" --model "$out/${step%questions}world_model" "${some[@]}" \
+    *questions)  # the videos that predictive and counterfactual questions are answered from
+      if [[ $step == pixel_* ]]; then slots=pixel_question_slots; fi
+      cjepa-hf imagine "$out/$slots" --questions "$out/scenes" --model "$out/${step%questions}world_model" \
         --output-dir "$out/${step%questions}question_videos"
       ;;
     *world_model | *oc_jepa)
@@ -68,13 +71,19 @@ for step in $steps; do
         --dataset "$out/slots" --operator empty drop --occluded "${text_only[@]}" \
         --output "$out/${step%evaluate}cf_rollout.json"
       ;;
-    *aloe | aloe_text_only)
-      zeros=() videos=${step%aloe}question_videos
-      # without slots one frame of zeros says as much as 25, in a fraction of the time
-      if [ "$step" = aloe_text_only ]; then zeros=(--text_only true --num_frames 1) videos=$slots; fi
-      python "$here/train_aloe.py" "$here/aloe/small.yaml" --dataset "$out/$videos" \
+    aloe_text_only)  # without slots one frame of zeros says as much as 25, in a fraction of the time
+      python "$here/train_aloe.py" "$here/aloe/small.yaml" --text_only true --num_frames 1 --dataset "$out/slots" \
         --questions "$out/scenes/questions/train.json" \
-        --validation_questions "$out/scenes/questions/validation.json" --output_dir "$out/$step" --seed "$seed" "${zeros[@]}"
+        --validation_questions "$out/scenes/questions/validation.json" --output_dir "$out/$step" --seed "$seed"
+      ;;
+    *aloe)  # first contacts, then questions
+      if [[ $step == pixel_* ]]; then slots=pixel_question_slots; fi
+      seen=(--annotations "$out/scenes" --slot_probe "$out/${step%aloe}world_model")
+      python "$here/train_aloe.py" "$here/aloe/contacts.yaml" --dataset "$out/$slots" "${seen[@]}" \
+        --output_dir "$out/${step}_start" --seed "$seed"
+      python "$here/train_aloe.py" "$here/aloe/small.yaml" --init_model "$out/${step}_start" "${seen[@]}" --statements true \
+        --dataset "$out/${step%aloe}question_videos" --questions "$out/scenes/questions/train.json" \
+        --validation_questions "$out/scenes/questions/validation.json" --output_dir "$out/$step" --seed "$seed"
       ;;
     *answers)
       python -m cjepa_hf.evaluation.clevrer "$out/${step%answers}aloe" --text_only "$out/aloe_text_only" \

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModel, AutoProcessor
 
 import cjepa_hf
 from cjepa_hf import AloeConfig, AloeForVideoQuestionAnswering, AloeProcessor
-from cjepa_hf.models.aloe.modeling_aloe import question_losses, with_context
+from cjepa_hf.models.aloe.modeling_aloe import contact_losses, nearest_slots, question_losses, with_context
 from cjepa_hf.training.aloe import right_sequences
 
 TOLERANCE = dict(atol=1e-5, rtol=1e-5)
@@ -232,6 +232,69 @@ def test_context_is_the_slot_itself_before_and_after():
     changed[:, 3] += 1
     with torch.no_grad():
         assert not torch.equal(model(slots, ids).answer_logits, model(changed, ids).answer_logits)
+
+
+def test_the_nearest_slots_are_the_objects_nearby_and_empty_slots_come_last():
+    slots = torch.zeros(1, 2, 4, 8)
+    slots[0, 0, :, 2] = torch.tensor([0.0, 3.0, 1.0, 0.5])  # x
+    slots[0, 1, :, 2] = torch.tensor([0.0, 1.0, 2.0, 3.0])
+    slots[0, :, :3, 0] = 1  # the last holds nothing
+    coordinates = torch.zeros(9, 3)
+    coordinates[0, 0] = coordinates[2, 1] = coordinates[3, 2] = 1
+    coordinates[8, 1] = 5  # where the origin is does not matter
+    found = nearest_slots(slots, coordinates, 3)
+    assert found[0, 0].tolist() == [[2, 1, 3], [2, 0, 3], [0, 1, 3], [0, 2, 1]]
+    assert found[0, 1, 0].tolist() == [1, 2, 3]
+    # half as many are the first of them
+    assert torch.equal(nearest_slots(slots, coordinates, 1), found[..., :1])
+
+
+def test_a_slot_is_read_with_its_neighbors_and_not_with_the_others():
+    torch.manual_seed(0)
+    model = tiny(slot_neighbors=1)
+    model.slot_coordinates[0, 0] = model.slot_coordinates[2, 1] = 1
+    slots = torch.randn(1, 4, 3, 8)
+    slots[..., 0], slots[..., 2] = 1, torch.tensor([0.0, 1.0, 5.0])
+    seen, changed = model._read_slots(slots).unflatten(1, (4, 3)), slots.clone()
+    changed[:, :, 1, 5] += 1  # the nearest of the two others
+    moved = (model._read_slots(changed).unflatten(1, (4, 3)) - seen).abs().amax((0, 1, 3))
+    assert (moved > 1e-3).all()
+    changed = slots.clone()
+    changed[:, :, 2, 5] += 1  # the nearest of none
+    moved = (model._read_slots(changed).unflatten(1, (4, 3)) - seen).abs().amax((0, 1, 3))
+    assert moved[:2].max() == 0 and moved[2] > 1e-3
+
+
+def test_contacts_are_told_without_a_question_and_the_same_with_any(tmp_path):
+    model = tiny(video_attends_to_text=False, contact_attributes=[4, 2], contact_layer=1)
+    slots, ids = torch.randn(2, 4, 3, 8), torch.randint(1, 80, (3, 32))
+    with torch.no_grad():
+        alone = model(slots)
+        asked = model(slots, ids, video_index=torch.tensor([0, 1, 1]))
+    assert alone.answer_logits is None and alone.contact_logits.shape == (2, 4, 3, 1 + 4 + 2)
+    torch.testing.assert_close(asked.contact_logits, alone.contact_logits)
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        again = AloeForVideoQuestionAnswering.from_pretrained(tmp_path).eval()(slots)
+    torch.testing.assert_close(again.contact_logits, alone.contact_logits)
+    with pytest.raises(ValueError, match=r"contact_attributes is None.*give input_ids"):
+        tiny()(slots)
+    with pytest.raises(ValueError, match="labels are those of texts"):
+        model(slots, labels=torch.zeros(2, dtype=torch.long))
+
+
+def test_the_losses_of_contacts_leave_out_what_is_not_known():
+    logits = torch.tensor([[0.0, 2, 0, 0, 1], [1.0, 0, 3, 2, 0], [-1.0, 0, 0, 0, 0], [5.0, 9, 9, 9, 9]]).view(
+        1, 1, 4, 5
+    )
+    contacts = torch.tensor([[1, 0, 1], [1, -1, -1], [0, -1, -1], [-1, -1, -1]]).view(1, 1, 4, 3)
+    touch, other = contact_losses(logits, contacts, [2, 2])
+    right = -torch.nn.functional.logsigmoid(torch.tensor([0.0, 1.0, 1.0]))
+    torch.testing.assert_close(touch, right.mean())
+    expected = -torch.log_softmax(torch.tensor([2.0, 0]), 0)[0] - torch.log_softmax(torch.tensor([0.0, 1]), 0)[1]
+    torch.testing.assert_close(other, expected)  # of the first alone: what the second touches is not known
+    nothing = contact_losses(logits, torch.full_like(contacts, -1), [2, 2])
+    assert [float(part) for part in nothing] == [0.0, 0.0]
 
 
 def test_a_video_that_does_not_attend_to_text_is_the_same_model_with_a_mask():

@@ -11,6 +11,7 @@ from cjepa_hf.simulators.questions import (
     copy_factual_answer,
     make_counterfactual_questions,
     make_questions,
+    make_statements,
     run_program,
 )
 
@@ -273,6 +274,18 @@ def test_balanced_options_defeat_copying_and_plain_ones_do_not(generated):
             if q["question_type"] == "counterfactual":
                 stored = [c["answer"] for c in q["choices"]]
                 assert len(set(stored)) == 2 and copy_factual_answer(truth, q) != stored
+
+
+def test_statements_are_pairs_of_which_half_collide_and_the_executor_agrees(truth):
+    question = make_statements(truth, np.random.default_rng(0))
+    assert question["question_type"] == "explanatory"
+    assert [choice["answer"] for choice in question["choices"]].count("correct") == 2  # of 6 pairs
+    assert len(question["choices"]) == 5
+    assert answer_question(truth, question) == [choice["answer"] for choice in question["choices"]]
+    words = set(f"{question['question']} {' '.join(c['choice'] for c in question['choices'])}".lower().split())
+    assert {word.strip("?") for word in words} <= set(CLEVRER_WORDS)
+    assert question == make_statements(truth, np.random.default_rng(0))
+    assert len(make_statements(truth, np.random.default_rng(0), most=2)["choices"]) == 2
 
 
 def test_questions_depend_on_the_generator_alone(generated):

@@ -14,10 +14,13 @@ import torch
 from cjepa_hf.data.slots import load_slot_dataset, write_slot_dataset
 from cjepa_hf.models.aloe import AloeConfig, AloeForVideoQuestionAnswering, AloeProcessor
 from cjepa_hf.models.aloe.modeling_aloe import with_context
+from cjepa_hf.slot_probe import SlotProbe
 from cjepa_hf.training.aloe import (
     AloeTrainArguments,
+    ContactDataset,
     QuestionDataset,
     QuestionsByVideo,
+    SlotContacts,
     build_model,
     main,
     question_loss,
@@ -140,10 +143,11 @@ def test_the_example_runs_the_shared_loop(data, tmp_path, monkeypatch):
     assert (tmp_path / "example" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("name", ["small", "clevrer"])
+@pytest.mark.parametrize("name", ["small", "clevrer", "contacts"])
 def test_the_configurations_of_the_examples_parse(name):
     path = Path(__file__).parents[2] / "examples" / "aloe" / f"{name}.yaml"
-    more = ["--dataset", "x", "--questions", "x", "--output_dir", "x"]
+    more = ["--dataset", "x", "--output_dir", "x"]
+    more += ["--annotations", "x", "--slot_probe", "x"] if name == "contacts" else ["--questions", "x"]
     args, config = parse_arguments([AloeTrainArguments, config_arguments(AloeConfig)], [str(path), *more])
     model = AloeForVideoQuestionAnswering(AloeConfig(**config_overrides(config)))
     parameters = sum(p.numel() for p in model.parameters())
@@ -399,3 +403,203 @@ def test_training_starts_from_a_given_model(data, tmp_path):
     assert processor.observed_frames == FRAMES
     with pytest.raises(ValueError, match="has num_hidden_layers=2, expected 3"):
         build_model(args, {"num_hidden_layers": 3}, load_slot_dataset(data / "slots", "train"))
+
+
+# --- contacts ------------------------------------------------------------------------------------------------------
+
+KINDS = [(color, shape) for color in ("red", "blue") for shape in ("cube", "sphere")]
+ATTRIBUTES = {"color": ("red", "blue"), "shape": ("cube", "sphere")}
+LENGTH, SLOTS, SIZE = 12, 4, 8
+
+
+def touching_video(index: int) -> tuple[np.ndarray, dict]:
+    """Three of four kinds of objects; two of them meet in most videos. Slots: presence, x, y, 0, kind."""
+    rng = np.random.default_rng(index)
+    kinds, places = rng.permutation(4)[:3], rng.permutation(SLOTS)[:3]
+    meeting, frame = rng.permutation(3)[:2], int(rng.integers(3, 9))
+    where = np.tile(np.array([[0, 0], [6, 0], [0, 6]]) + rng.uniform(-1, 1, (3, 2)), (LENGTH, 1, 1))
+    collisions = []
+    if index % 4:
+        one, other = meeting
+        away = np.abs(np.arange(LENGTH) - frame)[:, None] * [0.7, 0]
+        where[:, one] = where[:, other] + [0.5, 0] + away
+        collisions = [{"frame_id": frame, "object_ids": [int(one) + 10, int(other) + 10]}]
+    slots = np.zeros((LENGTH, SLOTS, SIZE), np.float32)
+    slots[:, places, 0], slots[:, places, 1:3] = 1, where
+    slots[:, places, 4 + kinds] = 1
+    annotation = {
+        "scene_index": index,
+        "video_filename": f"video_{index:05d}.mp4",
+        "object_property": [
+            {"object_id": k + 10, "color": KINDS[kind][0], "material": "metal", "shape": KINDS[kind][1]}
+            for k, kind in enumerate(kinds)
+        ],
+        "motion_trajectory": [
+            {
+                "frame_id": t,
+                "objects": [
+                    {"object_id": k + 10, "inside_camera_view": True, "velocity": [0, 0, 0]} for k in range(3)
+                ],
+            }
+            for t in range(LENGTH)
+        ],
+        "collision": collisions,
+    }
+    return slots, {"annotation": annotation, "places": places, "frame": frame, "meeting": meeting}
+
+
+@pytest.fixture(scope="module")
+def touching(tmp_path_factory):
+    """Folder with `slots`, `annotations` and a probe of such videos, and one episode that is no video."""
+    root = tmp_path_factory.mktemp("touching")
+    splits, shown, present, labels = {"train": range(200), "validation": range(5000, 5040)}, [], [], []
+    episodes = {}
+    for split, numbers in splits.items():
+        episodes[split] = []
+        for index in numbers:
+            slots, truth = touching_video(index)
+            episodes[split].append({"episode_id": f"video_{index:05d}", "slots": slots})
+            folder = root / "scenes" / "annotations" / split
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"annotation_{index:05d}.json").write_text(json.dumps(truth["annotation"]))
+            shown.append(slots[0])
+            present.append(slots[0, :, 0] > 0)
+            labels.append(slots[0, :, 4:].argmax(-1))
+    episodes["train"].append({"episode_id": "video_00001_question_3", "slots": touching_video(1)[0]})
+    slots, present, labels = (torch.from_numpy(np.concatenate(x)) for x in (shown, present, labels))
+    probe = SlotProbe.fit(
+        slots, present=present, positions=slots[:, 1:3], labels={"color": labels // 2, "shape": labels % 2},
+        attributes=ATTRIBUTES,
+    )  # fmt: skip
+    probe.save_pretrained(root)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", root / "cache")
+        write_slot_dataset(root / "slots", episodes, frame_skip=1, encoder={"name": "hand-made"})
+        yield root
+
+
+def contacts_of(root, split="train", observed=LENGTH) -> tuple[SlotContacts, list[str]]:
+    dataset = load_slot_dataset(root / "slots", split)
+    contacts = SlotContacts(dataset, root / "scenes", split, SlotProbe.from_pretrained(root), observed)
+    return contacts, dataset.data.with_format(None)["episode_id"]
+
+
+def test_contacts_of_slots_are_those_of_the_annotated_objects(touching):
+    contacts, names = contacts_of(touching)
+    assert contacts.found == contacts.num_objects == 600
+    for index in (1, 2, 8):
+        truth = touching_video(index)[1]
+        partner = contacts.partner[names.index(f"video_{index:05d}")]
+        one, other = truth["places"][truth["meeting"]]
+        empty = (set(range(SLOTS)) - set(truth["places"])).pop()
+        expected = np.full((LENGTH, SLOTS), -1)
+        expected[:, empty] = -2
+        if index % 4:
+            expected[truth["frame"], one], expected[truth["frame"], other] = other, one
+        assert np.array_equal(partner, expected)
+    # what is no annotated video, imagined for a question, tells nothing
+    assert (contacts.partner[names.index("video_00001_question_3")] == -2).all()
+
+
+def test_a_seen_frame_stands_for_the_contacts_until_the_next_one(touching):
+    contacts, names = contacts_of(touching)
+    truth = touching_video(1)[1]
+    episode, frame = np.array([names.index("video_00001")]), truth["frame"]
+    one, other = truth["places"][truth["meeting"]]
+    labels = contacts.gather(episode, np.arange(0, LENGTH, 3)[None], 3)[0]
+    touches = torch.zeros(4, dtype=torch.long)
+    touches[frame // 3] = 1
+    assert torch.equal(labels[:, one, 0], touches) and torch.equal(labels[:, other, 0], touches)
+    kind = touching_video(1)[0][0, other, 4:].argmax()
+    assert labels[frame // 3, one, 1:].tolist() == [kind // 2, kind % 2]
+    assert (labels[..., 1:][labels[..., 0] != 1] == -1).all()
+    # frames that come after those that were observed are unknown, also as part of a seen frame's time
+    late, _ = contacts_of(touching, observed=frame)
+    assert (late.gather(episode, np.array([[frame]]), 1) == -1).all()
+    assert late.gather(episode, np.array([[frame - 1]]), 3)[0, 0, one, 0] == 0
+
+
+def test_a_contact_with_an_object_that_was_not_found_counts_without_its_attributes(touching, tmp_path):
+    slots, truth = touching_video(1)
+    one, other = truth["places"][truth["meeting"]]
+    slots[:, other] = 0  # the encoder has missed it
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+        write_slot_dataset(
+            tmp_path / "slots", {"train": [{"episode_id": "video_00001", "slots": slots}]}, frame_skip=1,
+            encoder={"name": "hand-made"},
+        )  # fmt: skip
+        dataset = load_slot_dataset(tmp_path / "slots", "train")
+        contacts = SlotContacts(dataset, touching / "scenes", "train", SlotProbe.from_pretrained(touching), LENGTH)
+    assert (contacts.found, contacts.num_objects) == (2, 3)
+    labels = contacts.gather(np.array([0]), np.arange(LENGTH)[None], 1)[0]
+    assert labels[truth["frame"], one].tolist() == [1, -1, -1]
+    assert (labels[:, other] == -1).all()
+
+
+def contacts_command(root, output, *more: str) -> list[str]:
+    words = f"--dataset {root}/slots --annotations {root}/scenes --slot_probe {root} --output_dir {output} "
+    words += f"--observed_frames {LENGTH} --contacts_only true --batch_size 50 --max_steps 150 --learning_rate 3e-3 "
+    words += "--warmup_steps 10 --eval_every 0 --eval_samples 0 --save_every 0 --use_cpu --whiten_slots true "
+    words += "--video_attends_to_text false --slot_context 1 --slot_neighbors 1 --contact_layer 1 "
+    words += " ".join(
+        f"--{name} {value}" for name, value in {**TINY, **TEXT, "num_frames": 6, "max_choice_length": 12}.items()
+    )
+    return [*words.split(), *more]
+
+
+def test_contacts_are_learned_and_questions_are_trained_from_there(touching, tmp_path):
+    start = main(contacts_command(touching, tmp_path / "start", "--eval_every", "150"))
+    assert start.metrics["contact_f1"] > 0.8 and start.metrics["other_loss"] < 0.3
+    model = AloeForVideoQuestionAnswering.from_pretrained(tmp_path / "start")
+    assert model.config.contact_attributes == [2, 2]
+    probe = SlotProbe.from_pretrained(touching)
+    assert torch.equal(model.slot_coordinates, probe.weight)
+    assert "contacts in 200 annotated videos" in (tmp_path / "start" / "README.md").read_text()
+
+    scenes = []
+    for index in range(200):
+        question = {"question_id": 0, "question": "How many collisions happen?", "question_type": "descriptive"}
+        question["answer"] = str(int(index % 4 > 0))
+        scenes.append({"scene_index": index, "video_filename": f"video_{index:05d}.mp4", "questions": [question]})
+    (tmp_path / "train.json").write_text(json.dumps(scenes))
+    words = f"--dataset {touching}/slots --annotations {touching}/scenes --slot_probe {touching} --use_cpu "
+    words += f"--questions {tmp_path}/train.json --init_model {tmp_path}/start --output_dir {tmp_path}/model "
+    words += "--max_steps 3 --batch_size 8 --eval_every 0 --save_every 0 --warmup_steps 1 --log_every 1 "
+    words += "--group_by_video true --statements true"
+    main(words.split())
+    assert read(tmp_path / "model" / "training_results.json")["training_questions"] == 2 * 200
+    line = next(line for line in read_log(tmp_path / "model" / "log.jsonl") if "loss" in line)
+    assert line["touch_loss"] < 0.2 and line["answer_loss"] > 0
+
+
+def test_contacts_that_cannot_be_learned_say_why(touching, data, tmp_path):
+    for words, message in (
+        (["--questions", "x"], "give questions to train on, or contacts_only"),
+        (["--annotations", str(data)], "no annotation of the split 'train'"),
+        (["--slot_neighbors", "4"], "slot_neighbors=4 must be below num_slots=4"),
+        (["--video_attends_to_text", "true"], "video_attends_to_text False"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            main(contacts_command(touching, tmp_path / "x", *words))
+    base = ["--dataset", "x", "--output_dir", "x"]
+    with pytest.raises(ValueError, match="give the slot_probe"):
+        parse_arguments(AloeTrainArguments, [*base, "--questions", "x", "--annotations", "x"])
+    with pytest.raises(ValueError, match="contacts_only learns from annotations"):
+        parse_arguments(AloeTrainArguments, [*base, "--contacts_only", "true"])
+    with pytest.raises(ValueError, match="slot_neighbors=1: which slots are near is read by a probe"):
+        main(command(data, tmp_path / "x", "--slot_neighbors", "1"))
+    (tmp_path / "annotation_00001.json").write_text(json.dumps({"object_property": []}))
+    with pytest.raises(ValueError, match=r"annotation_00001\.json: not an annotation of CLEVRER"):
+        main(contacts_command(touching, tmp_path / "x", "--annotations", str(tmp_path)))
+
+
+def test_videos_of_contacts_come_in_whole_batches(touching):
+    contacts, names = contacts_of(touching)
+    processor = AloeProcessor(num_frames=6, observed_frames=LENGTH)
+    videos = ContactDataset(load_slot_dataset(touching / "slots", "train"), contacts, processor, random_start=False)
+    assert len(videos) == 200  # not what was imagined
+    batch = pickle.loads(pickle.dumps(videos)).__getitems__([3, 1])
+    slots, _ = touching_video(int(names[int(videos.episodes[3])][-5:]))
+    assert batch["slots"].shape == (2, 6, SLOTS, SIZE) and batch["contacts"].shape == (2, 6, SLOTS, 3)
+    assert torch.equal(batch["slots"][0], torch.from_numpy(slots[0 :: LENGTH // 6][:6]))

@@ -399,6 +399,25 @@ def make_counterfactual_questions(
     return [{"question_id": k, **question} for k, question in enumerate(questions)]
 
 
+def make_statements(truth: VideoTruth, generator: np.random.Generator, *, most: int = 12) -> dict[str, Any] | None:
+    """
+    A question in CLEVRER's form that CLEVRER does not ask: which of up to `most` pairs of objects collide in the video. Half
+    of them do, and one more does not, if there are as many; None for a video with less than two objects. There is much to
+    learn from it: options of predictive and counterfactual questions are such pairs, too.
+    """
+    maker = _Maker(truth, generator)
+    groups: dict[bool, list] = {True: [], False: []}
+    pairs = maker._pairs()
+    for k in generator.permutation(len(pairs)):
+        groups[pairs[k] in truth.collided].append(pairs[k])
+    chosen = groups[True][: most // 2]
+    chosen += groups[False][: min(most - len(chosen), max(2, len(chosen) + 1))]
+    if not chosen:
+        return None
+    options = [maker._pair_phrase(pair) for pair in chosen]
+    return maker._question("explanatory", "Which of the following happen?", ["events", "belong_to"], options)
+
+
 class _Maker:
     def __init__(self, truth, generator):
         self.truth, self.random = truth, generator

@@ -2,6 +2,10 @@
 
 Slots come from a slot dataset (one episode per video), questions from a file in CLEVRER's format. A second training with
 `--text_only true` sees no slots: what it answers is what the words alone give away, the baseline of every accuracy.
+
+Where annotations tell when objects touch, a first training with `--contacts_only true` teaches the model to see that, without
+any question, and a second one with `--init_model` goes on with questions: from questions alone, contacts are learned late, if
+at all.
 """
 
 import copy
@@ -17,10 +21,12 @@ from huggingface_hub import ModelCardData
 from torch import Tensor, nn
 from transformers.hf_argparser import HfArg
 
-from ..data.clevrer import load_questions, question_episode, video_names
+from ..data.clevrer import ClevrerFolder, load_questions, question_episode, read_json, video_filename, video_names
 from ..data.slots import SlotDataset, frame_columns, load_slot_dataset
 from ..models.aloe import QUESTION_TYPES, AloeConfig, AloeForVideoQuestionAnswering, AloeProcessor
-from ..models.aloe.modeling_aloe import with_context
+from ..models.aloe.modeling_aloe import contact_losses, with_context
+from ..simulators.questions import ATTRIBUTES, VideoTruth, make_statements
+from ..slot_probe import SlotProbe
 from .arguments import TrainArguments, config_arguments, config_fields, config_overrides, parse_arguments
 from .trainer import TrainResult, make_accelerator, result_files, train_and_save, training_results
 
@@ -42,6 +48,9 @@ class AloeTrainArguments(TrainArguments):
         "random_start",
         "question_types",
         "observed_frames",
+        "contacts_only",
+        "contact_weight",
+        "statements",
     )
 
     # > Parameters that control the data
@@ -50,7 +59,7 @@ class AloeTrainArguments(TrainArguments):
         "video is (video_00012, video_00012.mp4, 12_pixels.mp4 or 12)."
     )
     dataset_revision: str | None = HfArg(default=None, help="Branch, tag or commit of a dataset on the Hub.")
-    questions: str = HfArg(help="Questions to train on: a .json file in CLEVRER's format.")
+    questions: str | None = HfArg(default=None, help="Questions to train on: a .json file in CLEVRER's format.")
     validation_questions: str | None = HfArg(default=None, help="Questions to evaluate on; left out: no evaluation.")
     train_split: str = HfArg(default="train", help="Split of the slot dataset that holds the training videos.")
     validation_split: str = HfArg(default="validation", help="Split that holds the validation videos.")
@@ -71,6 +80,26 @@ class AloeTrainArguments(TrainArguments):
         "questions; with --video_attends_to_text false this is where a video encoded once saves the most.",
     )
     text_only: bool = HfArg(default=False, help="Replace all slots by zeros: the text-only baseline.")
+    annotations: str | None = HfArg(
+        default=None,
+        help="Folder in CLEVRER's layout with annotations of the videos: the model then also learns which objects touch. "
+        "Needs slot_probe.",
+    )
+    slot_probe: str | None = HfArg(
+        default=None,
+        help="Folder with the probe that tells the objects of slots (`cjepa-hf probe`); needed by annotations and by "
+        "slot_neighbors.",
+    )
+    contacts_only: bool = HfArg(
+        default=False,
+        help="Learn from annotations alone, before there are questions; batch_size counts videos. Trains what reads the "
+        "slots, and nothing else.",
+    )
+    contact_weight: float = HfArg(default=0.5, help="Weight of the loss of contacts beside that of the questions.")
+    statements: bool = HfArg(
+        default=False,
+        help="Ask one question more about every annotated training video: which of some pairs of objects collide in it.",
+    )
 
     # > Parameters that control the model
     whiten_slots: bool = HfArg(
@@ -93,6 +122,20 @@ class AloeTrainArguments(TrainArguments):
             raise ValueError(
                 "whiten_slots and structured_positions set weights that init_model brings: leave them out"
             )
+        if self.contacts_only == (self.questions is not None):
+            raise ValueError("give questions to train on, or contacts_only with annotations, not both")
+        if self.contacts_only and not self.annotations:
+            raise ValueError("contacts_only learns from annotations: give their folder")
+        if self.annotations and not self.slot_probe:
+            raise ValueError(
+                "annotations name objects by their attributes: give the slot_probe that finds them in slots"
+            )
+        if self.statements and not self.annotations:
+            raise ValueError("statements are made from annotations: give their folder")
+        if self.annotations and self.text_only:
+            raise ValueError("text_only sees no slots, and so no contacts: leave annotations out")
+        if not 0 <= self.contact_weight < float("inf"):
+            raise ValueError(f"contact_weight={self.contact_weight} must be 0 or more")
 
     def chosen_types(self) -> tuple[str, ...]:
         """The question types to train on; ValueError for an unknown one."""
@@ -116,6 +159,152 @@ def imagination_settings(dataset: SlotDataset) -> dict[str, Any] | None:
     return source if isinstance(source, dict) and "contact_distance" in source else None
 
 
+class SlotContacts:
+    """
+    Which objects of the slots of annotated videos begin to touch, and what the other one is.
+
+    Args:
+        dataset: slot dataset whose episodes are named after videos. What is imagined (`cjepa-hf imagine`) is unknown.
+        annotations: folder in CLEVRER's layout.
+        split: of the annotations.
+        probe: tells color, material and shape of slots, by which objects are found.
+        observed_frames: of a video; later ones are unknown.
+        statements: make them; they are drawn from a fixed seed.
+
+    Attributes:
+        partner: int8 [E, observed_frames, N], the slot whose object the slot's object begins to touch in a frame; -1: none,
+            -2: not known, as it is not found among the objects of the annotation; -3: an object that is not found.
+        attributes: int8 [E, N, A], attributes of every slot's object, places in those of `probe`; -1: not known.
+        found, num_objects: how many of the objects that are in view for some frames were found.
+        statements: by the name of a video a question about which pairs collide (`make_statements`).
+
+    Raises `ValueError` where no video is annotated, for damaged annotations, and for a probe whose attributes they do not
+    have.
+    """
+
+    def __init__(
+        self,
+        dataset: SlotDataset,
+        annotations: str | Path,
+        split: str,
+        probe: SlotProbe,
+        observed_frames: int,
+        *,
+        statements: bool = False,
+    ):
+        self.observed_frames = observed_frames
+        self.statements: dict[str, dict[str, Any]] = {}
+        names = dataset.data.with_format(None)["episode_id"]
+        files = ClevrerFolder(annotations).files("annotation", split)
+        numbers = {
+            name: index
+            for index in files
+            for name in video_names({"scene_index": index, "video_filename": video_filename(index)})
+        }
+        if unknown := set(probe.attributes) - set(ATTRIBUTES):
+            raise ValueError(
+                f"the probe tells {', '.join(unknown)}; annotations have {', '.join(ATTRIBUTES)} of objects"
+            )
+        self.partner = np.full((len(names), observed_frames, dataset.num_slots), -2, np.int8)
+        self.attributes = np.full((len(names), dataset.num_slots, len(probe.attributes)), -1, np.int8)
+        self.found = self.num_objects = 0
+        column = frame_columns(dataset.data, ["slots"])["slots"]
+        annotated = [episode for episode, name in enumerate(names) if name in numbers]
+        if not annotated:
+            raise ValueError(
+                f"no annotation of the split {split!r} in {annotations} is of {names[0]}, ...: expected the videos of "
+                f"{dataset.name}"
+            )
+        for episode in annotated:
+            index = numbers[names[episode]]
+            try:
+                truth = VideoTruth(read_json(files[index]))
+            except ValueError as error:
+                raise ValueError(f"{files[index]}: {error}") from error
+            frames = np.arange(min(observed_frames, int(dataset.lengths[episode])))
+            slots = torch.from_numpy(column.gather(np.array([episode]), frames[None])[0])
+            objects = {tuple(truth.attributes[i][name] for name in probe.attributes): i for i in truth.ids}
+            slot_of: dict[int, int] = {}
+            for slot, words in enumerate(probe.describe(slots)):
+                found = objects.get(tuple(words.values())) if words is not None else None
+                if found is not None and found not in slot_of:
+                    slot_of[found] = slot
+                    self.attributes[episode, slot] = [probe.attributes[name].index(words[name]) for name in words]
+            self.num_objects += len(truth.objects)
+            self.found += len(set(truth.objects) & set(slot_of))
+            self.partner[episode, : len(frames), list(slot_of.values())] = -1
+            for event in truth.events:
+                if event.kind == "collision" and event.frame < len(frames):
+                    for a, b in (event.objects, event.objects[::-1]):
+                        if a in slot_of:
+                            self.partner[episode, event.frame, slot_of[a]] = slot_of.get(b, -3)
+            if statements:
+                question = make_statements(truth, np.random.default_rng([0, index]))
+                if question is not None:
+                    self.statements[names[episode]] = {"question_id": "statements", **question}
+
+    def gather(self, episodes: np.ndarray, frames: np.ndarray, stride: int) -> Tensor:
+        """
+        Labels int64 [V, T, N, 1 + A] for `contact_losses`: contacts of episodes [V] that begin in frames [V, T] or in the
+        `stride - 1` frames after each.
+        """
+        within = frames[..., None] + np.arange(stride)  # [V, T, stride]
+        known = within < self.observed_frames
+        partner = self.partner[
+            episodes[:, None, None], np.minimum(within, self.observed_frames - 1)
+        ]  # [V, T, stride, N]
+        partner = np.where(known[..., None], partner, -2).astype(np.int64)
+        first = ((partner >= 0) | (partner == -3)).argmax(2)[:, :, None]  # of several contacts the first
+        partner = np.take_along_axis(partner, first, axis=2)[:, :, 0]  # [V, T, N]
+        touches = np.where(partner == -2, -1, (partner != -1).astype(np.int64))
+        other = self.attributes[episodes[:, None, None], np.maximum(partner, 0)].astype(np.int64)
+        other = np.where((partner >= 0)[..., None], other, -1)
+        return torch.from_numpy(np.concatenate([touches[..., None], other], axis=-1))
+
+
+class ContactDataset(torch.utils.data.Dataset):
+    """
+    The annotated videos of `contacts`, fetched in batches for [`AloeForVideoQuestionAnswering`] without texts: `slots` float32
+    [V, T, N, D] and `contacts` int64 [V, T, N, 1 + A].
+    """
+
+    def __init__(self, dataset: SlotDataset, contacts: SlotContacts, processor: AloeProcessor, random_start: bool):
+        self.dataset, self.contacts, self.processor, self.random_start = dataset, contacts, processor, random_start
+        self.episodes = np.flatnonzero((contacts.partner >= -1).any((1, 2)))
+        for episode in self.episodes:
+            processor.frame_indices(int(dataset.lengths[episode]))  # long enough
+        self._slots = frame_columns(dataset.data, ["slots"])["slots"]
+
+    def __len__(self) -> int:
+        return len(self.episodes)
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        episodes = self.episodes[np.asarray(indices, np.int64)]
+        starts = self.processor.num_starts
+        start = torch.randint(starts, (len(episodes), 1)).numpy() if self.random_start else (starts - 1) // 2
+        steps = np.arange(self.processor.num_frames) * self.processor.stride
+        frames = np.broadcast_to(start + steps, (len(episodes), len(steps)))
+        return {
+            "slots": torch.from_numpy(self._slots.gather(episodes, frames)),
+            "contacts": self.contacts.gather(episodes, frames, self.processor.stride),
+        }
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return self.__getitems__([index])
+
+    @staticmethod
+    def collate(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`__getitems__` has made the batch already."""
+        return batch
+
+    def __getstate__(self) -> dict:
+        return {key: value for key, value in self.__dict__.items() if key != "_slots"}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._slots = frame_columns(self.dataset.data, ["slots"])["slots"]
+
+
 class QuestionDataset(torch.utils.data.Dataset):
     """
     Questions of one split with the slots of their videos, fetched in batches for [`AloeForVideoQuestionAnswering`].
@@ -129,11 +318,13 @@ class QuestionDataset(torch.utils.data.Dataset):
         question_types: those to take.
         random_start: draw the first frame by torch's generator at every access; else the middle one.
         text_only: zeros in place of all slots.
+        contacts: of the videos, for the batches.
 
     A batch of B questions with S text sequences (one per descriptive question, one per option) is a dict: `slots`
     float32 [V, T, N, D] (each video once for every choice of frames), `input_ids` int64 [S, L], `attention_mask` bool
     [S, L], `is_option` bool [S], `video_index` int64 [S], `question_index` int64 [S] (in the batch), `labels` int64 [S]
-    (answer, or 1 / 0 for correct / wrong; -1 = unknown) and `question_type` int64 [B], the place in `QUESTION_TYPES`.
+    (answer, or 1 / 0 for correct / wrong; -1 = unknown), `question_type` int64 [B], the place in `QUESTION_TYPES`, and, if
+    they are known, `contacts` int64 [V, T, N, 1 + A].
 
     Attributes:
         scenes, questions: for each item its scene and its question, as in the file.
@@ -153,8 +344,9 @@ class QuestionDataset(torch.utils.data.Dataset):
         question_types: Sequence[str] = QUESTION_TYPES,
         random_start: bool = False,
         text_only: bool = False,
+        contacts: SlotContacts | None = None,
     ):
-        self.dataset, self.processor = dataset, processor
+        self.dataset, self.processor, self.contacts = dataset, processor, contacts
         self.random_start, self.text_only = random_start, text_only
         imagined = imagination_settings(dataset)
         episodes = {name: place for place, name in enumerate(dataset.data.with_format(None)["episode_id"])}
@@ -271,10 +463,11 @@ class QuestionDataset(torch.utils.data.Dataset):
             starts = self.processor.num_starts
             start = torch.randint(starts, (len(views), 1)).numpy() if self.random_start else (starts - 1) // 2
             steps = np.arange(self.processor.num_frames) * self.processor.stride
-            slots = torch.from_numpy(self._slots.gather(views[:, 0], views[:, 1:] + start + steps))
+            frames = views[:, 1:] + start + steps
+            slots = torch.from_numpy(self._slots.gather(views[:, 0], frames))
         types = torch.from_numpy(self.types[indices])
         question = torch.from_numpy(question)
-        return {
+        batch = {
             "slots": slots,
             "input_ids": tokens,
             "attention_mask": tokens != 0,
@@ -284,6 +477,9 @@ class QuestionDataset(torch.utils.data.Dataset):
             "labels": torch.from_numpy(self.labels[rows]),
             "question_type": types,
         }
+        if self.contacts is not None:
+            batch["contacts"] = self.contacts.gather(views[:, 0], frames, self.processor.stride)
+        return batch
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return self.__getitems__([index])
@@ -316,6 +512,12 @@ class QuestionsByVideo(torch.utils.data.Dataset):
     collate = staticmethod(QuestionDataset.collate)
 
 
+def with_statements(scene: Mapping[str, Any], statements: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """A scene of a question file with one question more, if there is one under the name of its video."""
+    more = [statements[name] for name in video_names(scene) if name in statements]
+    return {**scene, "questions": [*scene["questions"], *more[:1]]}
+
+
 # --- objective and metrics -----------------------------------------------------------------------------------------
 
 
@@ -323,6 +525,55 @@ def question_loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, d
     """Cross entropy of the answers plus binary cross entropy of the options, each the mean over its own sequences."""
     output = model(**{name: batch[name] for name in MODEL_INPUTS})
     return output.loss, {"answer_loss": output.answer_loss.detach(), "option_loss": output.option_loss.detach()}
+
+
+# How often contacts begin is what a model gets wrong, not what the other object is: most of the weight.
+TOUCH_WEIGHT, OTHER_WEIGHT = 5.0, 0.5
+
+
+def contact_loss(contact_logits: Tensor, contacts: Tensor, sizes: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
+    """The weighted sum of `contact_losses`, and both."""
+    touch, other = contact_losses(contact_logits, contacts, sizes)
+    parts = {"touch_loss": touch.detach(), "other_loss": other.detach()}
+    return TOUCH_WEIGHT * touch + OTHER_WEIGHT * other, parts
+
+
+def contact_objective(
+    sizes: Sequence[int],
+) -> Callable[[nn.Module, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]:
+    """The loss of contacts alone, on batches of a [`ContactDataset`]."""
+
+    def loss_fn(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        return contact_loss(model(batch["slots"]).contact_logits, batch["contacts"], sizes)
+
+    return loss_fn
+
+
+def contact_metrics(sizes: Sequence[int]) -> Callable[[nn.Module, dict[str, Tensor]], dict[str, Tensor]]:
+    """Losses, and how well contacts are told: `contact_f1` at probability 1/2, the mean over batches."""
+
+    def metric_fn(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        logits, contacts = model(batch["slots"]).contact_logits, batch["contacts"]
+        loss, parts = contact_loss(logits, contacts, sizes)
+        told, true = (logits[..., 0] > 0) & (contacts[..., 0] >= 0), contacts[..., 0] > 0
+        f1 = 2 * (told & true).sum() / (told.sum() + true.sum()).clamp(min=1)
+        return {"loss": loss, **parts, "contact_f1": f1}
+
+    return metric_fn
+
+
+def question_objective(
+    sizes: Sequence[int], weight: float
+) -> Callable[[nn.Module, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]:
+    """[`question_loss`] plus `weight` times the loss of the contacts in the same batch."""
+
+    def loss_fn(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        output = model(**{name: batch[name] for name in MODEL_INPUTS})
+        contact, parts = contact_loss(output.contact_logits, batch["contacts"], sizes)
+        parts |= {"answer_loss": output.answer_loss.detach(), "option_loss": output.option_loss.detach()}
+        return output.loss + weight * contact, parts
+
+    return loss_fn
 
 
 def right_sequences(output: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -371,7 +622,7 @@ def question_metrics(dataset: QuestionDataset) -> Callable[[nn.Module, dict[str,
 
 
 def build_model(
-    args: AloeTrainArguments, overrides: Mapping[str, Any], dataset: SlotDataset
+    args: AloeTrainArguments, overrides: Mapping[str, Any], dataset: SlotDataset, probe: SlotProbe | None = None
 ) -> tuple[AloeForVideoQuestionAnswering, AloeProcessor]:
     """The model to train, sized by the slots, and its processor. ValueError where they contradict `overrides`."""
     imagined = imagination_settings(dataset) or {}
@@ -392,6 +643,8 @@ def build_model(
                 raise ValueError(f"{args.init_model} has {name}={getattr(model.config, name)}, expected {value}")
         return model, processor
     fields = {"num_slots": dataset.num_slots, "slot_size": dataset.slot_size}
+    if probe is not None and args.annotations:
+        fields["contact_attributes"] = [len(values) for values in probe.attributes.values()]
     words = AloeProcessor()
     fields |= {"vocab_size": len(words.words) + 1, "num_answers": len(words.answers) + 1}
     for name, value in fields.items():
@@ -406,23 +659,32 @@ def build_model(
         unknown_word=args.unknown_word,
         **imagined,
     )
-    return AloeForVideoQuestionAnswering(config), processor
+    model = AloeForVideoQuestionAnswering(config)
+    if config.slot_neighbors:
+        if probe is None or not probe.has_positions:
+            raise ValueError(
+                f"slot_neighbors={config.slot_neighbors}: which slots are near is read by a probe, give slot_probe, fitted with positions"
+            )
+        model.slot_coordinates.copy_(probe.weight)
+    return model, processor
 
 
 @torch.no_grad()
-def whiten_projection(model: AloeForVideoQuestionAnswering, questions: QuestionDataset, num_views: int = 1024) -> None:
+def whiten_projection(
+    model: AloeForVideoQuestionAnswering, videos: QuestionDataset | ContactDataset, num_views: int = 1024
+) -> None:
     """
-    Sets the projection of slots to whitening followed by a rotation: whatever differs between the slots of `questions` (with
+    Sets the projection of slots to whitening followed by a rotation: whatever differs between the slots of `videos` (with
     their context, if the model reads it) has variance 1 in what the model reads, down to a hundredth of the largest standard
     deviation, and the largest directions if there are more than it has room for. Weights alone change.
     """
-    chosen = np.random.default_rng(0).permutation(len(questions))[:num_views]
-    slots = with_context(questions.__getitems__(np.sort(chosen))["slots"], model.config.slot_context)
+    chosen = np.random.default_rng(0).permutation(len(videos))[:num_views]
+    slots = with_context(videos.__getitems__(np.sort(chosen))["slots"], model.config.slot_context)
     slots = slots.flatten(0, 2).double()
     mean = slots.mean(0)
     variance, directions = torch.linalg.eigh((slots - mean).T @ (slots - mean) / len(slots))
     if not variance.max() > 1e-12:
-        raise ValueError(f"all slots of {questions.dataset.name} are the same: there is nothing to whiten")
+        raise ValueError(f"all slots of {videos.dataset.name} are the same: there is nothing to whiten")
     weight = model.slot_projection.weight
     scale = (variance.clamp(min=0) + 1e-4 * variance.max()).rsqrt()
     whitener = (directions * scale).T[-len(weight) :]  # the largest come last
@@ -454,42 +716,81 @@ def main(argv: Sequence[str] | None = None) -> TrainResult:
     args, given = parse_arguments(classes, argv, description=__doc__)
     overrides = config_overrides(given)
     accelerator = make_accelerator(args)
-    scenes = load_questions(args.questions)
+    scenes = None if args.questions is None else load_questions(args.questions)
     validation_scenes = load_questions(args.validation_questions) if args.validation_questions else None
+    validates = validation_scenes is not None or (args.contacts_only and args.eval_every)
     with accelerator.main_process_first():  # the first process prepares the memory-mapped files
         slots = load_slot_dataset(args.dataset, args.train_split, revision=args.dataset_revision)
         validation_slots = None
-        if validation_scenes is not None:
+        if validates:
             validation_slots = load_slot_dataset(args.dataset, args.validation_split, revision=args.dataset_revision)
+    probe = None if args.slot_probe is None else SlotProbe.from_pretrained(args.slot_probe)
     torch.manual_seed(args.seed)
-    model, processor = build_model(args, overrides, slots)
+    model, processor = build_model(args, overrides, slots, probe)
+    sizes = model.config.contact_attributes
+    if args.annotations and not sizes:
+        raise ValueError(f"{args.init_model} does not tell contacts: leave annotations out, or train one that does")
+    contacts = validation_contacts = None
+    if args.annotations:
+        known = (args.annotations, args.train_split, probe, args.observed_frames)
+        contacts = SlotContacts(slots, *known, statements=args.statements)
+        if scenes is not None and args.statements:
+            scenes = [with_statements(scene, contacts.statements) for scene in scenes]
+        if args.contacts_only and validation_slots is not None:
+            known = (args.annotations, args.validation_split, probe, args.observed_frames)
+            validation_contacts = SlotContacts(validation_slots, *known)
     options = {"question_types": args.chosen_types(), "text_only": args.text_only}
-    questions = QuestionDataset(slots, scenes, processor, random_start=args.random_start, **options)
+    if args.contacts_only:
+        videos = ContactDataset(slots, contacts, processor, args.random_start)
+        validation = None
+        if validation_slots is not None:
+            validation = ContactDataset(validation_slots, validation_contacts, processor, False)
+        for name, parameter in model.named_parameters():
+            parts = ("slot_projection", "neighbors", "position_embedding", "contact_")
+            layers = tuple(f"layers.{index}." for index in range(model.config.contact_layer))
+            parameter.requires_grad_(name.startswith((*parts, *layers)))
+    else:
+        videos = QuestionDataset(
+            slots, scenes, processor, random_start=args.random_start, contacts=contacts, **options
+        )
+        validation = None
+        if validation_slots is not None:
+            validation = QuestionDataset(validation_slots, validation_scenes, processor, **options)
+            if args.eval_samples and args.eval_samples < len(validation):
+                chosen = np.random.default_rng(0).permutation(len(validation))[: args.eval_samples]
+                validation = validation.select(np.sort(chosen))
+        if (videos.known_labels() < 0).any():
+            raise ValueError(f"{args.questions} holds questions without answers: train on a split that has them")
     if args.whiten_slots and not args.text_only:
-        whiten_projection(model, questions)
+        whiten_projection(model, videos)
     if args.structured_positions:
         structure_positions(model)
-    if (questions.known_labels() < 0).any():
-        raise ValueError(f"{args.questions} holds questions without answers: train on a split that has them")
-    validation = None
-    if validation_slots is not None:
-        validation = QuestionDataset(validation_slots, validation_scenes, processor, **options)
-        if args.eval_samples and args.eval_samples < len(validation):
-            chosen = np.random.default_rng(0).permutation(len(validation))[: args.eval_samples]
-            validation = validation.select(np.sort(chosen))
     if accelerator.is_main_process:
-        for name, part in (("training", questions), ("validation", validation)):
-            if part is not None and part.missing_videos:
+        if contacts is not None:
+            print(
+                f"{contacts.found} of {contacts.num_objects} annotated objects found among the slots", file=sys.stderr
+            )
+        for name, part in (("training", videos), ("validation", validation)):
+            if isinstance(part, QuestionDataset) and part.missing_videos:
                 names = ", ".join(part.missing_videos[:3])
                 print(f"{len(part.missing_videos)} {name} videos have no slots: {names}, ...", file=sys.stderr)
+    if args.contacts_only:
+        loss_fn, metric_fn = contact_objective(sizes), contact_metrics(sizes)
+    else:
+        loss_fn = question_loss if contacts is None else question_objective(sizes, args.contact_weight)
+        metric_fn = question_metrics(validation) if validation is not None else None
 
     def files(result):
         results = training_results(
             result,
             model.parameters(),
             args.dataset,
-            training_questions=len(questions),
-            validation_questions=0 if validation is None else len(validation),
+            **{"training_videos" if args.contacts_only else "training_questions": len(videos)},
+            **{
+                "validation_videos" if args.contacts_only else "validation_questions": 0
+                if validation is None
+                else len(validation)
+            },
             dataset_revision=args.dataset_revision,
             slot_encoder=slots.metadata.get("encoder"),
         )
@@ -500,13 +801,13 @@ def main(argv: Sequence[str] | None = None) -> TrainResult:
 
     return train_and_save(
         model,
-        QuestionsByVideo(questions) if args.group_by_video else questions,
+        QuestionsByVideo(videos) if args.group_by_video and not args.contacts_only else videos,
         validation,
-        question_loss,
+        loss_fn,
         args,
         files,
         accelerator,
-        metric_fn=question_metrics(validation) if validation is not None else None,
+        metric_fn=metric_fn if validation is not None else None,
     )
 
 
@@ -521,6 +822,12 @@ def model_card(model: AloeForVideoQuestionAnswering, args: AloeTrainArguments, r
     name = args.hub_model_id or Path(args.output_dir).resolve().name
     encoder = (results["slot_encoder"] or {}).get("name")
     sees = "no slots at all: the text-only baseline" if args.text_only else f"{config.num_frames} frames of a video"
+    if args.contacts_only:
+        learned, batches = f"contacts in {results['training_videos']:,} annotated videos", "videos"
+    else:
+        learned = f"{results['training_questions']:,} questions ({args.question_types})"
+        learned += ", and contacts of the same videos" if args.annotations else ""
+        batches = "videos" if args.group_by_video else "questions"
     lines = [
         "---",
         data.to_yaml(),
@@ -542,19 +849,23 @@ def model_card(model: AloeForVideoQuestionAnswering, args: AloeTrainArguments, r
         "## Training",
         "",
         f"- slots: `{results['dataset']}`, split `{args.train_split}`" + (f", by `{encoder}`" if encoder else ""),
-        f"- {results['training_questions']:,} questions ({args.question_types}), {results['step']} steps of "
-        f"{args.batch_size} {'videos' if args.group_by_video else 'questions'}, {args.optimizer}, seed {args.seed}, {results['training_seconds'] / 60:.1f} minutes",
+        f"- {learned}, {results['step']} steps of {args.batch_size} {batches}, {args.optimizer}, seed {args.seed}, "
+        f"{results['training_seconds'] / 60:.1f} minutes",
         f"- {results['parameters']:,} parameters, {config.num_hidden_layers} layers",
         "- all arguments: `training_args.json`",
         "",
     ]
     if results["validation"]:
+        lines += ["## Validation", ""]
+        if args.contacts_only:
+            lines += [f"On {results['validation_videos']:,} videos.", ""]
+        else:
+            lines += [
+                f"On {results['validation_questions']:,} questions. A multiple-choice question is right when all of its "
+                "options are; `accuracy` weights the types by their questions.",
+                "",
+            ]
         lines += [
-            "## Validation",
-            "",
-            f"On {results['validation_questions']:,} questions. A multiple-choice question is right when all of its "
-            "options are; `accuracy` weights the types by their questions.",
-            "",
             "| metric | value |",
             "|---|---|",
             *(f"| {metric} | {value:.4g} |" for metric, value in results["validation"].items()),

@@ -36,6 +36,13 @@ class AloeConfig(PreTrainedConfig):
         slot_context (`int`, defaults to 0): A slot is read together with itself in this many seen frames before and after (the
             first and the last repeated at the ends): what moves, turns, enters or leaves is then told by one token. Needs
             slots that stay with their objects.
+        slot_neighbors (`int`, defaults to 0): A slot is read together with this many nearest slots of its frame: who touches
+            whom is then told by one token, and need not be found by attention. Needs `slot_coordinates`, which tell presence
+            and position linearly; they are part of the weights.
+        contact_attributes (`list[int]`, *optional*): Sizes of the attributes of an object, such as [8, 2, 3] colors, materials
+            and shapes. With it, a head on the slots tells of each whether its object begins to touch another one, and which
+            attributes that one has. It shapes what questions find in the slots when it is trained; it is not needed to answer.
+        contact_layer (`int`, defaults to 1): The head reads what this many layers make of the slots.
 
     Unknown keys are a ValueError that names the nearest field.
     """
@@ -60,6 +67,9 @@ class AloeConfig(PreTrainedConfig):
     layer_norm_eps: float | int = 1e-5
     video_attends_to_text: bool = True
     slot_context: int = 0
+    slot_neighbors: int = 0
+    contact_attributes: list[int] | None = None
+    contact_layer: int = 1
 
     def __post_init__(self, **kwargs):
         check_keys(self, kwargs)
@@ -74,9 +84,21 @@ class AloeConfig(PreTrainedConfig):
     def _check_fields(self):
         # not a validator of @strict, whose errors are no ValueError
         for name in AloeConfig.__annotations__:
-            least = 0 if name == "slot_context" else 1
+            least = 0 if name in ("slot_context", "slot_neighbors", "contact_layer") else 1
             if AloeConfig.__annotations__[name] is int and getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}.")
+        if self.slot_neighbors >= self.num_slots:
+            raise ValueError(
+                f"slot_neighbors={self.slot_neighbors} must be below num_slots={self.num_slots}: a slot is not its own neighbor."
+            )
+        if self.contact_attributes is not None:
+            if not self.contact_attributes or min(self.contact_attributes) < 1:
+                raise ValueError(f"contact_attributes={self.contact_attributes} must be positive sizes, or None.")
+            if self.contact_layer >= self.num_hidden_layers or self.video_attends_to_text:
+                raise ValueError(
+                    f"contact_layer={self.contact_layer} must be below num_hidden_layers={self.num_hidden_layers}, and "
+                    "video_attends_to_text False: contacts are told from the video alone."
+                )
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads={self.num_attention_heads}."

@@ -5,6 +5,7 @@ Axes are named once: V videos, T frames, N slots, D slot size, S text sequences 
 option of a multiple-choice question), L text tokens, A answers, H heads.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +28,8 @@ class AloeOutput(ModelOutput):
     Output of [`AloeForVideoQuestionAnswering`].
 
     Args:
-        loss (`torch.Tensor` of shape `()`, *optional*, returned with `labels`): answer_loss + option_loss.
+        loss (`torch.Tensor` of shape `()`, *optional*, returned with `labels`): answer_loss + option_loss. What contacts add is
+            left to the training.
         answer_loss (`torch.Tensor` of shape `()`, *optional*): Cross entropy, the mean over descriptive questions.
         option_loss (`torch.Tensor` of shape `()`, *optional*): Binary cross entropy, the mean over options.
         answer_logits (`torch.Tensor` of shape `(S, A)`): Of every answer; means something where not `is_option`.
@@ -36,6 +38,8 @@ class AloeOutput(ModelOutput):
             the output of the last, `(S, 1, hidden_size)`: only its first token is read.
         attentions (`tuple(torch.Tensor)`, *optional*): Per layer `(S, H, 1 + T * N + L, 1 + T * N + L)`; the last has
             one row, that of the first token. Order: first token, slots (time-major), text.
+        contact_logits (`torch.Tensor` of shape `(V, T, N, 1 + sum(contact_attributes))`, *optional*): Of every slot: above 0,
+            its object begins to touch another one in this frame or before the next; then that one's attributes.
     """
 
     loss: torch.Tensor | None = None
@@ -45,6 +49,7 @@ class AloeOutput(ModelOutput):
     option_logits: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
+    contact_logits: torch.Tensor | None = None
 
 
 def question_losses(
@@ -72,6 +77,33 @@ def question_losses(
     )
 
 
+def contact_losses(
+    contact_logits: torch.Tensor, contacts: torch.Tensor, sizes: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Mean binary cross entropy of whether the objects of slots begin to touch others, and the mean over contacts of the cross
+    entropies of the other's attributes, summed; 0 where nothing is known.
+
+    Args:
+        contact_logits (`torch.Tensor` of shape `(V, T, N, 1 + sum(sizes))`).
+        contacts (`torch.LongTensor` of shape `(V, T, N, 1 + len(sizes))`): 1 or 0, negative: unknown; then the attributes of
+            the other object, negative: unknown.
+        sizes (`Sequence[int]`): Values of each attribute.
+    """
+    touches = contacts[..., 0]
+    known = touches >= 0
+    touch = F.binary_cross_entropy_with_logits(contact_logits[..., 0].float(), (touches > 0).float(), reduction="none")
+    named = (touches > 0) & (contacts[..., 1:] >= 0).all(-1)
+    other = contact_logits.new_zeros(named.shape, dtype=torch.float32)
+    for logits, label in zip(contact_logits[..., 1:].float().split(list(sizes), dim=-1), contacts[..., 1:].unbind(-1)):
+        label = label.where(named, 0)
+        other = other + F.cross_entropy(logits.flatten(0, -2), label.flatten(), reduction="none").view_as(label)
+    return (
+        (touch * known).sum() / known.sum().clamp(min=1),
+        (other * named).sum() / named.sum().clamp(min=1),
+    )
+
+
 def with_context(slots: torch.Tensor, context: int) -> torch.Tensor:
     """Slots [V, T, N, D] with themselves in `context` frames before and after, [V, T, N, (2 * context + 1) * D]; the first
     and the last frame are repeated."""
@@ -80,6 +112,21 @@ def with_context(slots: torch.Tensor, context: int) -> torch.Tensor:
     frame = torch.arange(slots.shape[1], device=slots.device)
     places = [(frame + step).clamp(0, slots.shape[1] - 1) for step in range(-context, context + 1)]
     return torch.cat([slots[:, place] for place in places], dim=-1)
+
+
+@torch.no_grad()
+def nearest_slots(slots: torch.Tensor, coordinates: torch.Tensor, count: int) -> torch.Tensor:
+    """
+    For each of slots [V, T, N, D] the `count` others of its frame that are nearest, nearest first, int64 [V, T, N, count];
+    slots that hold no object come last. `coordinates` [D + 1, 3] reads presence (above 0.5), x and y from a slot; the last
+    row is the bias. It is the weight of a [`SlotProbe`].
+    """
+    read = slots.float() @ coordinates[:-1].float() + coordinates[-1].float()
+    present, position = read[..., 0] > 0.5, read[..., 1:]
+    distance = (position[..., :, None, :] - position[..., None, :, :]).square().sum(-1)
+    distance = distance.masked_fill(~present[..., None, :], torch.finfo(distance.dtype).max)
+    distance.diagonal(dim1=-2, dim2=-1).fill_(float("inf"))
+    return distance.argsort(dim=-1, stable=True)[..., :count]
 
 
 # Texts of one video that read its slots together, where videos are encoded once.
@@ -234,6 +281,25 @@ class AloeHead(nn.Module):
         return self.fc2(F.relu(self.fc1(hidden_states)))
 
 
+class AloeNeighbors(nn.Module):
+    """x + mlp(norm(x and the tokens of the nearest slots)), with ReLU."""
+
+    def __init__(self, config: AloeConfig):
+        super().__init__()
+        self.count = config.slot_neighbors
+        size = config.hidden_size * (1 + self.count)
+        self.norm = nn.LayerNorm(size, eps=config.layer_norm_eps)
+        self.fc1 = nn.Linear(size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, tokens: torch.Tensor, nearest: torch.Tensor) -> torch.Tensor:
+        """Tokens [V, T, N, size] of slots and their neighbors int64 [V, T, N, count] -> [V, T, N, size]."""
+        read = [tokens]
+        for place in nearest.unbind(-1):
+            read.append(tokens.gather(2, place[..., None].expand(-1, -1, -1, tokens.shape[-1])))
+        return tokens + self.fc2(F.relu(self.fc1(self.norm(torch.cat(read, dim=-1)))))
+
+
 class AloeForVideoQuestionAnswering(SafePreTrainedModel):
     """
     Answers questions about a video from its slots. One transformer reads a learned first token, the slots of all frames
@@ -277,12 +343,18 @@ class AloeForVideoQuestionAnswering(SafePreTrainedModel):
         # Constant flags are appended before the projections: to a slot (not text, vision), to a word (part of the
         # question or of what is asked about it; text, not vision).
         self.slot_projection = nn.Linear((2 * config.slot_context + 1) * config.slot_size + 2, size)
+        if config.slot_neighbors:
+            self.neighbors = AloeNeighbors(config)
+            self.register_buffer("slot_coordinates", torch.zeros(config.slot_size + 1, 3))
         self.word_embedding = nn.Embedding(config.vocab_size, config.word_embedding_size)
         self.word_projection = nn.Linear(config.word_embedding_size + 4, size)
         self.first_token = nn.Parameter(torch.zeros(size))
         tokens = 1 + config.num_frames * config.num_slots + config.max_text_length
         self.position_embedding = nn.Parameter(torch.zeros(tokens, size))
         self.layers = nn.ModuleList([AloeLayer(config) for _ in range(config.num_hidden_layers)])
+        if config.contact_attributes:
+            self.contact_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+            self.contact_head = AloeHead(config, 1 + sum(config.contact_attributes))
         self.answer_head = AloeHead(config, config.num_answers)
         self.option_head = AloeHead(config, 1)
         self.post_init()
@@ -298,8 +370,10 @@ class AloeForVideoQuestionAnswering(SafePreTrainedModel):
         elif isinstance(module, AloeForVideoQuestionAnswering):
             init.zeros_(module.first_token)
             init.zeros_(module.position_embedding)
+            if self.config.slot_neighbors:
+                init.zeros_(module.slot_coordinates)
 
-    def _check(self, slots, input_ids, attention_mask, is_option, video_index, labels):
+    def _check_slots(self, slots):
         config = self.config
         expected = (config.num_frames, config.num_slots, config.slot_size)
         if slots.ndim != 4 or slots.shape[1:] != expected:
@@ -309,6 +383,10 @@ class AloeForVideoQuestionAnswering(SafePreTrainedModel):
             )
         if not slots.is_floating_point():
             raise ValueError(f"slots has dtype {slots.dtype}: expected floating point, convert it with .float().")
+
+    def _check(self, slots, input_ids, attention_mask, is_option, video_index, labels):
+        config = self.config
+        self._check_slots(slots)
         if input_ids.ndim != 2 or input_ids.shape[1] != config.max_text_length:
             raise ValueError(
                 f"input_ids has shape {tuple(input_ids.shape)}: expected (S, {config.max_text_length}), padded by "
@@ -334,11 +412,41 @@ class AloeForVideoQuestionAnswering(SafePreTrainedModel):
                 f"{len(slots)} videos and {len(input_ids)} text sequences: pass video_index, the video of each sequence."
             )
 
-    def _encode_videos_once(self, first, vision, text, words, video_index) -> torch.Tensor:
-        """The first token [S, size] after all layers, where videos [V, P, size] see no text [S, L, size]."""
+    def _read_slots(self, slots: torch.Tensor) -> torch.Tensor:
+        """The tokens [V, T * N, hidden_size] of slots [V, T, N, D] before their positions are added."""
+        config = self.config
+        slots = slots.to(self.dtype)
+        vision = with_context(slots, config.slot_context)
+        vision = F.pad(F.pad(vision, (0, 1)), (0, 1), value=1.0)  # the flags 0, 1
+        vision = self.slot_projection(vision)
+        if config.slot_neighbors:
+            vision = self.neighbors(vision, nearest_slots(slots, self.slot_coordinates, config.slot_neighbors))
+        return vision.flatten(1, 2)
+
+    def _read_contacts(self, slots: torch.Tensor) -> torch.Tensor:
+        """The logits of contacts of slots [V, T, N, D]: what the head sees is told by no text."""
+        if not self.config.contact_attributes:
+            raise ValueError("this model does not tell contacts (contact_attributes is None): give input_ids.")
+        self._check_slots(slots)
+        video = self._read_slots(slots)
+        video = video + self.position_embedding[1 : 1 + video.shape[1]]
+        for layer in self.layers[: self.config.contact_layer]:
+            video = layer(video, None)
+        return self._contacts(video)
+
+    def _contacts(self, video: torch.Tensor) -> torch.Tensor:
+        logits = self.contact_head(self.contact_norm(video))
+        return logits.unflatten(1, (self.config.num_frames, self.config.num_slots))
+
+    def _encode_videos_once(self, first, vision, text, words, video_index) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        The first token [S, size] after all layers, where videos [V, P, size] see no text [S, L, size], and the logits of
+        contacts, if the model has them.
+        """
         places = vision.shape[1]
         position = self.position_embedding
         video = vision + position[1 : 1 + places]
+        contacts = None
         states = torch.cat([first + position[:1], text + position[1 + places :]], dim=1)
         words = F.pad(words, (1, 0), value=True)
         # padding leaves: what is read goes first, in order, and as many places stay as the longest text has
@@ -353,15 +461,17 @@ class AloeForVideoQuestionAnswering(SafePreTrainedModel):
         seen[..., 0] = True  # also where no text is
         seen[row, column] = words
         for index, layer in enumerate(self.layers):
+            if self.config.contact_attributes and index == self.config.contact_layer:
+                contacts = self._contacts(video)
             video, rows = layer(video, None, index == len(self.layers) - 1, rows, seen, text_video)
-        return rows[row, column, 0]
+        return rows[row, column, 0], contacts
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
         self,
         slots: torch.Tensor,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         *,
         is_option: torch.Tensor | None = None,
@@ -374,7 +484,8 @@ class AloeForVideoQuestionAnswering(SafePreTrainedModel):
         Args:
             slots (`torch.Tensor` of shape `(V, num_frames, num_slots, slot_size)`): The videos.
             input_ids (`torch.LongTensor` of shape `(S, max_text_length)`): A descriptive question, padded; or a question
-                padded to max_question_length and then one of its options.
+                padded to max_question_length and then one of its options. Left out: nothing is asked, and `contact_logits`
+                alone come back.
             attention_mask (`torch.Tensor` of shape `(S, max_text_length)`, *optional*): 1 or True for a word, 0 for
                 padding. Default: every token but 0 is a word.
             is_option (`torch.BoolTensor` of shape `(S,)`, *optional*): True for a sequence with an option. Default: all
@@ -389,6 +500,10 @@ class AloeForVideoQuestionAnswering(SafePreTrainedModel):
 
         Raises `ValueError` for shapes that do not fit the configuration.
         """
+        if input_ids is None:
+            if labels is not None:
+                raise ValueError("labels are those of texts: give input_ids.")
+            return AloeOutput(contact_logits=self._read_contacts(slots))
         self._check(slots, input_ids, attention_mask, is_option, video_index, labels)
         config = self.config
         wanted = (
@@ -401,10 +516,7 @@ class AloeForVideoQuestionAnswering(SafePreTrainedModel):
         is_option = is_option.bool()
         words = input_ids != 0 if attention_mask is None else attention_mask.bool()
 
-        slots = slots.to(self.dtype)
-        vision = with_context(slots, config.slot_context)
-        vision = F.pad(F.pad(vision, (0, 1)), (0, 1), value=1.0)  # the flags 0, 1
-        vision = self.slot_projection(vision).flatten(1, 2)  # projected once per video, not per sequence
+        vision = self._read_slots(slots)  # once per video, not per sequence
         text = self.word_embedding(input_ids)
         place = torch.arange(config.max_text_length, device=input_ids.device)
         is_question = is_option[:, None] & (place < config.max_question_length)
@@ -415,6 +527,7 @@ class AloeForVideoQuestionAnswering(SafePreTrainedModel):
         first = self.first_token.expand(len(text), 1, -1)
         if video_index is None:
             video_index = torch.arange(len(text), device=text.device)
+        contacts = None
         if config.video_attends_to_text:
             states = torch.cat([first, vision[video_index], text], dim=1) + self.position_embedding
             seen = words.new_ones(len(words), states.shape[1] - words.shape[1])
@@ -423,7 +536,7 @@ class AloeForVideoQuestionAnswering(SafePreTrainedModel):
                 states = layer(states, mask, index == len(self.layers) - 1)
             first = states[:, 0]
         else:
-            first = self._encode_videos_once(first, vision, text, words, video_index)
+            first, contacts = self._encode_videos_once(first, vision, text, words, video_index)
         answer_logits, option_logits = self.answer_head(first), self.option_head(first).squeeze(-1)
 
         loss = answer_loss = option_loss = None
@@ -436,7 +549,8 @@ class AloeForVideoQuestionAnswering(SafePreTrainedModel):
             option_loss=option_loss,
             answer_logits=answer_logits,
             option_logits=option_logits,
+            contact_logits=contacts,
         )
 
 
-__all__ = ["AloeForVideoQuestionAnswering", "AloeOutput", "question_losses"]
+__all__ = ["AloeForVideoQuestionAnswering", "AloeOutput", "contact_losses", "question_losses"]
