@@ -76,14 +76,17 @@ for step in $steps; do
         --questions "$out/scenes/questions/train.json" \
         --validation_questions "$out/scenes/questions/validation.json" --output_dir "$out/$step" --seed "$seed"
       ;;
-    *aloe)  # first contacts, then questions
+    *aloe)  # first contacts, then which pairs collide, then questions
       if [[ $step == pixel_* ]]; then slots=pixel_question_slots; fi
-      seen=(--annotations "$out/scenes" --slot_probe "$out/${step%aloe}world_model")
-      python "$here/train_aloe.py" "$here/aloe/contacts.yaml" --dataset "$out/$slots" "${seen[@]}" \
-        --output_dir "$out/${step}_start" --seed "$seed"
-      python "$here/train_aloe.py" "$here/aloe/small.yaml" --init_model "$out/${step}_start" "${seen[@]}" --statements true \
-        --dataset "$out/${step%aloe}question_videos" --questions "$out/scenes/questions/train.json" \
-        --validation_questions "$out/scenes/questions/validation.json" --output_dir "$out/$step" --seed "$seed"
+      seen=(--annotations "$out/scenes" --slot_probe "$out/${step%aloe}world_model" --seed "$seed")
+      python "$here/train_aloe.py" "$here/aloe/contacts.yaml" "${seen[@]}" --dataset "$out/$slots" \
+        --output_dir "$out/${step}_contacts"
+      python "$here/train_aloe.py" "$here/aloe/statements.yaml" "${seen[@]}" --dataset "$out/$slots" \
+        --init_model "$out/${step}_contacts" --output_dir "$out/${step}_statements"
+      python "$here/train_aloe.py" "$here/aloe/small.yaml" "${seen[@]}" --statements true \
+        --init_model "$out/${step}_statements" --dataset "$out/${step%aloe}question_videos" \
+        --questions "$out/scenes/questions/train.json" \
+        --validation_questions "$out/scenes/questions/validation.json" --output_dir "$out/$step"
       ;;
     *answers)
       python -m cjepa_hf.evaluation.clevrer "$out/${step%answers}aloe" --text_only "$out/aloe_text_only" \

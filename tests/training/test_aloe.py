@@ -143,15 +143,16 @@ def test_the_example_runs_the_shared_loop(data, tmp_path, monkeypatch):
     assert (tmp_path / "example" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("name", ["small", "clevrer", "contacts"])
+@pytest.mark.parametrize("name", ["small", "clevrer", "contacts", "statements"])
 def test_the_configurations_of_the_examples_parse(name):
     path = Path(__file__).parents[2] / "examples" / "aloe" / f"{name}.yaml"
     more = ["--dataset", "x", "--output_dir", "x"]
-    more += ["--annotations", "x", "--slot_probe", "x"] if name == "contacts" else ["--questions", "x"]
+    more += ["--annotations", "x", "--slot_probe", "x"] if name in ("contacts", "statements") else ["--questions", "x"]
     args, config = parse_arguments([AloeTrainArguments, config_arguments(AloeConfig)], [str(path), *more])
     model = AloeForVideoQuestionAnswering(AloeConfig(**config_overrides(config)))
     parameters = sum(p.numel() for p in model.parameters())
-    assert parameters == 2_879_427 if name == "clevrer" else parameters < 1_500_000
+    if name != "statements":  # it goes on with a model
+        assert parameters == 2_879_427 if name == "clevrer" else parameters < 1_500_000
     assert args.max_steps > args.warmup_steps
 
 
@@ -569,13 +570,17 @@ def test_contacts_are_learned_and_questions_are_trained_from_there(touching, tmp
     words += "--group_by_video true --statements true"
     main(words.split())
     assert read(tmp_path / "model" / "training_results.json")["training_questions"] == 2 * 200
+    alone = [str(tmp_path / "alone") if word == f"{tmp_path}/model" else word for word in words.split()]
+    place = alone.index("--questions")
+    main([*alone[:place], *alone[place + 2 :]])
+    assert read(tmp_path / "alone" / "training_results.json")["training_questions"] == 200
     line = next(line for line in read_log(tmp_path / "model" / "log.jsonl") if "loss" in line)
     assert line["touch_loss"] < 0.2 and line["answer_loss"] > 0
 
 
 def test_contacts_that_cannot_be_learned_say_why(touching, data, tmp_path):
     for words, message in (
-        (["--questions", "x"], "give questions to train on, or contacts_only"),
+        (["--questions", "x"], "contacts_only asks no questions"),
         (["--annotations", str(data)], "no annotation of the split 'train'"),
         (["--slot_neighbors", "4"], "slot_neighbors=4 must be below num_slots=4"),
         (["--video_attends_to_text", "true"], "video_attends_to_text False"),
@@ -585,6 +590,10 @@ def test_contacts_that_cannot_be_learned_say_why(touching, data, tmp_path):
     base = ["--dataset", "x", "--output_dir", "x"]
     with pytest.raises(ValueError, match="give the slot_probe"):
         parse_arguments(AloeTrainArguments, [*base, "--questions", "x", "--annotations", "x"])
+    with pytest.raises(ValueError, match="give questions to train on; or"):
+        parse_arguments(AloeTrainArguments, base)
+    with pytest.raises(ValueError, match="statements are made from annotations"):
+        parse_arguments(AloeTrainArguments, [*base, "--statements", "true"])
     with pytest.raises(ValueError, match="contacts_only learns from annotations"):
         parse_arguments(AloeTrainArguments, [*base, "--contacts_only", "true"])
     with pytest.raises(ValueError, match="slot_neighbors=1: which slots are near is read by a probe"):

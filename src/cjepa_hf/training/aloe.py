@@ -98,7 +98,8 @@ class AloeTrainArguments(TrainArguments):
     contact_weight: float = HfArg(default=0.5, help="Weight of the loss of contacts beside that of the questions.")
     statements: bool = HfArg(
         default=False,
-        help="Ask one question more about every annotated training video: which of some pairs of objects collide in it.",
+        help="Ask one question more about every annotated training video: which of some pairs of objects collide in it. "
+        "Without questions, this one alone.",
     )
 
     # > Parameters that control the model
@@ -122,8 +123,10 @@ class AloeTrainArguments(TrainArguments):
             raise ValueError(
                 "whiten_slots and structured_positions set weights that init_model brings: leave them out"
             )
-        if self.contacts_only == (self.questions is not None):
-            raise ValueError("give questions to train on, or contacts_only with annotations, not both")
+        if self.contacts_only and (self.questions is not None or self.statements):
+            raise ValueError("contacts_only asks no questions: leave questions and statements out")
+        if self.questions is None and not (self.contacts_only or self.statements):
+            raise ValueError("give questions to train on; or contacts_only, or statements, with annotations")
         if self.contacts_only and not self.annotations:
             raise ValueError("contacts_only learns from annotations: give their folder")
         if self.annotations and not self.slot_probe:
@@ -734,7 +737,9 @@ def main(argv: Sequence[str] | None = None) -> TrainResult:
     if args.annotations:
         known = (args.annotations, args.train_split, probe, args.observed_frames)
         contacts = SlotContacts(slots, *known, statements=args.statements)
-        if scenes is not None and args.statements:
+        if args.statements and scenes is None:
+            scenes = [{"video_filename": name, "questions": [one]} for name, one in contacts.statements.items()]
+        elif args.statements:
             scenes = [with_statements(scene, contacts.statements) for scene in scenes]
         if args.contacts_only and validation_slots is not None:
             known = (args.annotations, args.validation_split, probe, args.observed_frames)
@@ -825,7 +830,8 @@ def model_card(model: AloeForVideoQuestionAnswering, args: AloeTrainArguments, r
     if args.contacts_only:
         learned, batches = f"contacts in {results['training_videos']:,} annotated videos", "videos"
     else:
-        learned = f"{results['training_questions']:,} questions ({args.question_types})"
+        kinds = args.question_types if args.questions else "which pairs collide"
+        learned = f"{results['training_questions']:,} questions ({kinds})"
         learned += ", and contacts of the same videos" if args.annotations else ""
         batches = "videos" if args.group_by_video else "questions"
     lines = [
