@@ -574,6 +574,14 @@ def test_contacts_are_learned_and_questions_are_trained_from_there(touching, tmp
     place = alone.index("--questions")
     main([*alone[:place], *alone[place + 2 :]])
     assert read(tmp_path / "alone" / "training_results.json")["training_questions"] == 200
+    AloeForVideoQuestionAnswering(
+        AloeConfig(num_slots=SLOTS, slot_size=SIZE, **TINY | {"num_frames": 6})
+    ).save_pretrained(tmp_path / "plain")
+    AloeProcessor(num_frames=6, observed_frames=LENGTH).save_pretrained(tmp_path / "plain")
+    with pytest.raises(
+        ValueError, match=r"contact_attributes=None, but the probe tells attributes with \[2, 2\] values"
+    ):
+        main([*words.split(), "--init_model", str(tmp_path / "plain"), "--output_dir", str(tmp_path / "x")])
     line = next(line for line in read_log(tmp_path / "model" / "log.jsonl") if "loss" in line)
     assert line["touch_loss"] < 0.2 and line["answer_loss"] > 0
 

@@ -731,8 +731,12 @@ def main(argv: Sequence[str] | None = None) -> TrainResult:
     torch.manual_seed(args.seed)
     model, processor = build_model(args, overrides, slots, probe)
     sizes = model.config.contact_attributes
-    if args.annotations and not sizes:
-        raise ValueError(f"{args.init_model} does not tell contacts: leave annotations out, or train one that does")
+    if args.annotations and sizes != [len(values) for values in probe.attributes.values()]:
+        raise ValueError(
+            f"{args.init_model} has contact_attributes={sizes}, but the probe tells attributes with "
+            f"{[len(values) for values in probe.attributes.values()]} values: leave annotations out, or start from a model that "
+            "was trained with this probe"
+        )
     contacts = validation_contacts = None
     if args.annotations:
         known = (args.annotations, args.train_split, probe, args.observed_frames)
