@@ -238,8 +238,9 @@ def test_the_nearest_slots_are_the_objects_nearby_and_empty_slots_come_last():
     slots = torch.zeros(1, 2, 4, 8)
     slots[0, 0, :, 2] = torch.tensor([0.0, 3.0, 1.0, 0.5])  # x
     slots[0, 1, :, 2] = torch.tensor([0.0, 1.0, 2.0, 3.0])
-    slots[0, :, :3, 0] = 1  # the last holds nothing
+    slots[0, :, :, 0] = torch.tensor([2.0, 2, 2, 0.8])  # the last holds nothing
     coordinates = torch.zeros(9, 3)
+    coordinates[8, 0] = -1
     coordinates[0, 0] = coordinates[2, 1] = coordinates[3, 2] = 1
     coordinates[8, 1] = 5  # where the origin is does not matter
     found = nearest_slots(slots, coordinates, 3)
@@ -265,8 +266,10 @@ def test_a_slot_is_read_with_its_neighbors_and_not_with_the_others():
     assert moved[:2].max() == 0 and moved[2] > 1e-3
 
 
-def test_contacts_are_told_without_a_question_and_the_same_with_any(tmp_path):
-    model = tiny(video_attends_to_text=False, contact_attributes=[4, 2], contact_layer=1)
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_contacts_are_told_without_a_question_and_the_same_with_any(tmp_path, layer):
+    options = dict(video_attends_to_text=False, contact_attributes=[4, 2], contact_layer=layer, num_hidden_layers=3)
+    model = tiny(**options)
     slots, ids = torch.randn(2, 4, 3, 8), torch.randint(1, 80, (3, 32))
     with torch.no_grad():
         alone = model(slots)

@@ -538,6 +538,52 @@ def test_a_contact_with_an_object_that_was_not_found_counts_without_its_attribut
     assert (labels[:, other] == -1).all()
 
 
+def one_video(folder, slots, annotation, probe, name="video_00000") -> SlotContacts:
+    (folder / "scenes" / "annotations" / "train").mkdir(parents=True)
+    path = folder / "scenes" / "annotations" / "train" / "annotation_00000.json"
+    path.write_text(json.dumps({**annotation, "scene_index": 0, "video_filename": "video_00000.mp4"}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+        write_slot_dataset(
+            folder / "slots", {"train": [{"episode_id": name, "slots": slots}]}, frame_skip=1,
+            encoder={"name": "hand-made"},
+        )  # fmt: skip
+        dataset = load_slot_dataset(folder / "slots", "train")
+        return SlotContacts(dataset, folder / "scenes", "train", probe, len(slots), statements=True)
+
+
+def test_of_several_contacts_in_the_time_of_a_frame_the_first_counts(touching, tmp_path):
+    slots, truth = touching_video(1)
+    annotation, places = truth["annotation"], truth["places"]
+    annotation["collision"] = [
+        {"frame_id": 4, "object_ids": [10, 11]}, {"frame_id": 5, "object_ids": [10, 12]},
+    ]  # fmt: skip
+    contacts = one_video(tmp_path, slots, annotation, SlotProbe.from_pretrained(touching))
+    labels = contacts.gather(np.array([0]), np.array([[3, 5]]), 3)[0]
+    for frame, other in ((0, places[1]), (1, places[2])):
+        kind = slots[0, other, 4:].argmax()
+        assert labels[frame, places[0]].tolist() == [1, kind // 2, kind % 2]
+
+
+def test_objects_that_look_alike_and_frames_without_annotation_are_unknown(touching, tmp_path):
+    slots, truth = touching_video(1)
+    annotation, places = truth["annotation"], truth["places"]
+    # the probe tells no material: two of the three are alike to it
+    annotation["object_property"][1] |= annotation["object_property"][0] | {"object_id": 11, "material": "rubber"}
+    slots[:, places[1], 4:] = slots[:, places[0], 4:]
+    annotation["collision"] = [{"frame_id": 4, "object_ids": [10, 12]}]
+    annotation["motion_trajectory"] = annotation["motion_trajectory"][:8]
+    contacts = one_video(tmp_path, slots, annotation, SlotProbe.from_pretrained(touching))
+    assert (contacts.found, contacts.num_objects) == (1, 3)
+    assert (contacts.partner[0, :, places[:2]] == -2).all()
+    assert contacts.partner[0, :, places[2]].tolist() == [-1] * 4 + [-3] + [-1] * 3 + [-2] * 4
+    # to words they are alike in nothing: every pair is asked about; alike in all, they are left out
+    assert len(contacts.statements["video_00000"]["choices"]) == 3
+    annotation["object_property"][1]["material"] = "metal"
+    contacts = one_video(tmp_path / "alike", slots, annotation, SlotProbe.from_pretrained(touching))
+    assert contacts.statements == {}
+
+
 def contacts_command(root, output, *more: str) -> list[str]:
     words = f"--dataset {root}/slots --annotations {root}/scenes --slot_probe {root} --output_dir {output} "
     words += f"--observed_frames {LENGTH} --contacts_only true --batch_size 50 --max_steps 150 --learning_rate 3e-3 "
@@ -566,14 +612,20 @@ def test_contacts_are_learned_and_questions_are_trained_from_there(touching, tmp
     (tmp_path / "train.json").write_text(json.dumps(scenes))
     words = f"--dataset {touching}/slots --annotations {touching}/scenes --slot_probe {touching} --use_cpu "
     words += f"--questions {tmp_path}/train.json --init_model {tmp_path}/start --output_dir {tmp_path}/model "
-    words += "--max_steps 3 --batch_size 8 --eval_every 0 --save_every 0 --warmup_steps 1 --log_every 1 "
+    words += "--max_steps 3 --batch_size 8 --eval_every 0 --save_every 1 --warmup_steps 1 --log_every 1 "
     words += "--group_by_video true --statements true"
     main(words.split())
-    assert read(tmp_path / "model" / "training_results.json")["training_questions"] == 2 * 200
+    results = read(tmp_path / "model" / "training_results.json")
+    assert results["training_questions"] == results["training_statements"] == 200
     alone = [str(tmp_path / "alone") if word == f"{tmp_path}/model" else word for word in words.split()]
     place = alone.index("--questions")
     main([*alone[:place], *alone[place + 2 :]])
-    assert read(tmp_path / "alone" / "training_results.json")["training_questions"] == 200
+    results = read(tmp_path / "alone" / "training_results.json")
+    assert (results["training_questions"], results["training_statements"]) == (0, 200)
+    # a run does not go on without what it learned from
+    kept = " ".join(words.replace("--max_steps 3", "--max_steps 4").split()).replace("--statements true", "")
+    with pytest.raises(ValueError, match=r"contact_weight=0\.5, this run has 0\.0"):
+        main(kept.replace(f"--annotations {touching}/scenes", "").split())
     AloeForVideoQuestionAnswering(
         AloeConfig(num_slots=SLOTS, slot_size=SIZE, **TINY | {"num_frames": 6})
     ).save_pretrained(tmp_path / "plain")
@@ -584,6 +636,23 @@ def test_contacts_are_learned_and_questions_are_trained_from_there(touching, tmp
         main([*words.split(), "--init_model", str(tmp_path / "plain"), "--output_dir", str(tmp_path / "x")])
     line = next(line for line in read_log(tmp_path / "model" / "log.jsonl") if "loss" in line)
     assert line["touch_loss"] < 0.2 and line["answer_loss"] > 0
+    contact = 5 * line["touch_loss"] + 0.5 * line["other_loss"]
+    assert line["loss"] == pytest.approx(line["answer_loss"] + line["option_loss"] + 0.5 * contact, rel=1e-4)
+
+
+def test_learning_contacts_alone_leaves_what_answers_as_it_was(touching, tmp_path):
+    models = []
+    for steps in ("1", "5"):
+        result = main(contacts_command(touching, tmp_path / steps, "--max_steps", steps, "--contact_layer", "1"))
+        assert result.metrics["contact_f1"] >= 0  # at the end, as the validation split is annotated
+        models.append(AloeForVideoQuestionAnswering.from_pretrained(tmp_path / steps).state_dict())
+    changed = {name.split(".")[0] for name, value in models[0].items() if not torch.equal(value, models[1][name])}
+    assert changed == {"slot_projection", "neighbors", "position_embedding", "layers", "contact_norm", "contact_head"}
+    for name in models[0]:
+        if name.startswith("layers.1."):
+            assert torch.equal(models[0][name], models[1][name]), name
+    card = (tmp_path / "5" / "README.md").read_text()
+    assert "learned no answers yet" in card and "visual-question-answering" not in card
 
 
 def test_contacts_that_cannot_be_learned_say_why(touching, data, tmp_path):
@@ -606,17 +675,83 @@ def test_contacts_that_cannot_be_learned_say_why(touching, data, tmp_path):
         parse_arguments(AloeTrainArguments, [*base, "--contacts_only", "true"])
     with pytest.raises(ValueError, match="slot_neighbors=1: which slots are near is read by a probe"):
         main(command(data, tmp_path / "x", "--slot_neighbors", "1"))
-    (tmp_path / "annotation_00001.json").write_text(json.dumps({"object_property": []}))
-    with pytest.raises(ValueError, match=r"annotation_00001\.json: not an annotation of CLEVRER"):
-        main(contacts_command(touching, tmp_path / "x", "--annotations", str(tmp_path)))
+    with pytest.raises(ValueError, match="leaves statements out, which are explanatory"):
+        parse_arguments(
+            AloeTrainArguments,
+            [
+                *base,
+                "--annotations",
+                "x",
+                "--slot_probe",
+                "x",
+                "--statements",
+                "true",
+                "--question_types",
+                "predictive",
+            ],
+        )
+    with pytest.raises(ValueError, match="leave validation_questions out"):
+        main(contacts_command(touching, tmp_path / "x", "--validation_questions", "x"))
+    slots = torch.randn(64, SIZE)
+    blind = dict(
+        present=torch.arange(64) < 32, labels={"shape": torch.arange(64) % 2}, attributes={"shape": ("a", "b")}
+    )
+    SlotProbe.fit(slots, positions=slots[:, :2], **blind).save_pretrained(tmp_path / "blind")
+    with pytest.raises(ValueError, match="none of 600 annotated objects is found"):
+        main(contacts_command(touching, tmp_path / "x", "--slot_probe", str(tmp_path / "blind")))
+    slots = torch.randn(64, SIZE + 1)
+    SlotProbe.fit(slots, positions=slots[:, :2], **blind).save_pretrained(tmp_path / "other")
+    for words in ([], ["--slot_neighbors", "0"]):
+        with pytest.raises(ValueError, match=r"reads slots of size 9, those of .* have 8"):
+            main(contacts_command(touching, tmp_path / "x", "--slot_probe", str(tmp_path / "other"), *words))
+    good = touching_video(1)[1]["annotation"]
+    for bad in (
+        {"object_property": []},
+        [1],
+        good | {"collision": [{"frame_id": 3, "object_ids": [10, 11, 12]}]},
+        good | {"collision": [{"frame_id": -3, "object_ids": [10, 11]}]},
+        good | {"collision": [{"frame_id": 3, "object_ids": [10, 99]}]},
+    ):
+        (tmp_path / "annotation_00001.json").write_text(json.dumps(bad))
+        with pytest.raises(ValueError, match=r"annotation_00001\.json: not an annotation of CLEVRER"):
+            main(contacts_command(touching, tmp_path / "x", "--annotations", str(tmp_path)))
 
 
 def test_videos_of_contacts_come_in_whole_batches(touching):
     contacts, names = contacts_of(touching)
-    processor = AloeProcessor(num_frames=6, observed_frames=LENGTH)
+    processor = AloeProcessor(num_frames=4, observed_frames=LENGTH)
     videos = ContactDataset(load_slot_dataset(touching / "slots", "train"), contacts, processor, random_start=False)
     assert len(videos) == 200  # not what was imagined
     batch = pickle.loads(pickle.dumps(videos)).__getitems__([3, 1])
     slots, _ = touching_video(int(names[int(videos.episodes[3])][-5:]))
-    assert batch["slots"].shape == (2, 6, SLOTS, SIZE) and batch["contacts"].shape == (2, 6, SLOTS, 3)
-    assert torch.equal(batch["slots"][0], torch.from_numpy(slots[0 :: LENGTH // 6][:6]))
+    assert batch["slots"].shape == (2, 4, SLOTS, SIZE) and batch["contacts"].shape == (2, 4, SLOTS, 3)
+    assert torch.equal(batch["slots"][0], torch.from_numpy(slots[1::3][:4]))
+    episode = videos.episodes[[3]]
+    assert torch.equal(batch["contacts"][:1], contacts.gather(episode, np.arange(1, LENGTH, 3)[None][:, :4], 3))
+    drawn = ContactDataset(videos.dataset, contacts, processor, random_start=True)
+    torch.manual_seed(0)
+    starts = {
+        next(k for k in range(3) if torch.equal(one["slots"][0], torch.from_numpy(slots[k::3][:4])))
+        for one in (drawn.__getitems__([3]) for _ in range(20))
+    }
+    assert starts == {0, 1, 2}
+
+
+def test_questions_about_the_future_bring_the_contacts_of_the_frames_that_they_see(touching):
+    observed = LENGTH - 4
+    contacts, names = contacts_of(touching, observed=observed)
+    processor = AloeProcessor(num_frames=4, observed_frames=observed, min_imagined_frames=1)
+    index = next(k for k in range(1, 40) if k % 4 and touching_video(k)[1]["frame"] in (5, 6))
+    choices = [{"choice_id": 0, "choice": "The red cube collides with the sphere", "answer": "correct"}]
+    scene = {"scene_index": index, "video_filename": f"video_{index:05d}.mp4"}
+    scene["questions"] = [
+        {"question_id": 0, "question": "What will happen next?", "question_type": "predictive", "choices": choices}
+    ]
+    questions = QuestionDataset(load_slot_dataset(touching / "slots", "train"), [scene], processor, contacts=contacts)
+    batch = questions.__getitems__([0])
+    frames = processor.frame_indices(LENGTH, "predictive")
+    assert frames[0] >= 4 and (frames >= observed).any()
+    episode = np.array([names.index(f"video_{index:05d}")])
+    assert torch.equal(batch["contacts"], contacts.gather(episode, frames[None], processor.stride))
+    assert (batch["contacts"][0, torch.from_numpy(frames >= observed)] == -1).all()
+    assert (batch["contacts"][..., 0] == 1).any()

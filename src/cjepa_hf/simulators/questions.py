@@ -65,7 +65,10 @@ class VideoTruth:
                 for c in annotation["collision"]
                 if c["frame_id"] < VISIBLE_FRAMES
             ]
-        except (KeyError, TypeError, IndexError) as error:
+            for event in events:
+                if len(event.objects) != 2 or not set(event.objects) <= set(self.ids) or event.frame < 0:
+                    raise KeyError(f"collision of objects {event.objects} in frame {event.frame}")
+        except (KeyError, TypeError, IndexError, AttributeError) as error:
             raise ValueError(f"not an annotation of CLEVRER ({error!r}); expected object_property, motion_trajectory and "
                              "collision.") from None  # fmt: skip
         for object_id, k in places.items():
@@ -401,13 +404,13 @@ def make_counterfactual_questions(
 
 def make_statements(truth: VideoTruth, generator: np.random.Generator, *, most: int = 12) -> dict[str, Any] | None:
     """
-    A question in CLEVRER's form that CLEVRER does not ask: which of up to `most` pairs of objects collide in the video. Half
-    of them do, and one more does not, if there are as many; None for a video with less than two objects. There is much to
-    learn from it: options of predictive and counterfactual questions are such pairs, too.
+    A question in CLEVRER's form that CLEVRER does not ask: which of up to `most` pairs of objects collide in the video. About
+    half of them do, as far as there are such; objects that no words tell from another one are left out, and without a pair it
+    is None. There is much to learn from it: options of predictive and counterfactual questions are such pairs, too.
     """
     maker = _Maker(truth, generator)
     groups: dict[bool, list] = {True: [], False: []}
-    pairs = maker._pairs()
+    pairs = [pair for pair in maker._pairs() if all(maker._can_be_named(i) for i in pair)]
     for k in generator.permutation(len(pairs)):
         groups[pairs[k] in truth.collided].append(pairs[k])
     chosen = groups[True][: most // 2]
@@ -430,6 +433,10 @@ class _Maker:
         return values[int(np.searchsorted(total, self.random.random() * total[-1], side="right"))]
 
     # Phrases
+
+    def _can_be_named(self, object_id):
+        own = self.truth.attributes[object_id]
+        return sum(own == self.truth.attributes[i] for i in self.truth.objects) == 1
 
     def _named(self, object_id, weights=_EVENT_WEIGHTS):
         """(text without "the", program) of a random description that fits this object only."""

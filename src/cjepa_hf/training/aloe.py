@@ -3,9 +3,10 @@
 Slots come from a slot dataset (one episode per video), questions from a file in CLEVRER's format. A second training with
 `--text_only true` sees no slots: what it answers is what the words alone give away, the baseline of every accuracy.
 
-Where annotations tell when objects touch, a first training with `--contacts_only true` teaches the model to see that, without
-any question, and a second one with `--init_model` goes on with questions: from questions alone, contacts are learned late, if
-at all.
+Where annotations tell when objects touch, a first training with `--contacts_only true` teaches the model to see that without
+any question, a second one with `--statements true` and no questions to say which pairs collide, and a third one with questions
+goes on from there (`--init_model`): from questions alone, contacts are learned late, if at all. It needs a probe that tells the
+attributes that annotations name objects by (`cjepa-hf probe` for the collision world, else `SlotProbe.fit`).
 """
 
 import copy
@@ -30,6 +31,7 @@ from ..slot_probe import SlotProbe
 from .arguments import TrainArguments, config_arguments, config_fields, config_overrides, parse_arguments
 from .trainer import TrainResult, make_accelerator, result_files, train_and_save, training_results
 
+STATEMENTS = "statements"  # the question_id of what is asked beside the questions of a file
 MODEL_INPUTS = ("slots", "input_ids", "attention_mask", "is_option", "video_index", "labels")
 
 
@@ -139,6 +141,15 @@ class AloeTrainArguments(TrainArguments):
             raise ValueError("text_only sees no slots, and so no contacts: leave annotations out")
         if not 0 <= self.contact_weight < float("inf"):
             raise ValueError(f"contact_weight={self.contact_weight} must be 0 or more")
+        if not self.annotations:
+            self.contact_weight = 0.0  # so that a run is not resumed without its annotations
+        if self.contacts_only and self.validation_questions:
+            raise ValueError("contacts_only asks no questions: leave validation_questions out")
+        if self.statements and "explanatory" not in self.chosen_types():
+            raise ValueError(
+                f"question_types={self.question_types!r} leaves statements out, which are explanatory: add it, or leave "
+                "statements out"
+            )
 
     def chosen_types(self) -> tuple[str, ...]:
         """The question types to train on; ValueError for an unknown one."""
@@ -171,18 +182,18 @@ class SlotContacts:
         annotations: folder in CLEVRER's layout.
         split: of the annotations.
         probe: tells color, material and shape of slots, by which objects are found.
-        observed_frames: of a video; later ones are unknown.
+        observed_frames: of a video; later ones, and those after the end of the annotation, are unknown.
         statements: make them; they are drawn from a fixed seed.
 
     Attributes:
         partner: int8 [E, observed_frames, N], the slot whose object the slot's object begins to touch in a frame; -1: none,
-            -2: not known, as it is not found among the objects of the annotation; -3: an object that is not found.
+            -2: not known, as it is not told to be one object of the annotation; -3: an object that no slot is told to be.
         attributes: int8 [E, N, A], attributes of every slot's object, places in those of `probe`; -1: not known.
         found, num_objects: how many of the objects that are in view for some frames were found.
         statements: by the name of a video a question about which pairs collide (`make_statements`).
 
-    Raises `ValueError` where no video is annotated, for damaged annotations, and for a probe whose attributes they do not
-    have.
+    Raises `ValueError` where no video is annotated or no object is found, for damaged annotations, and for a probe of other
+    slots or attributes.
     """
 
     def __init__(
@@ -208,6 +219,11 @@ class SlotContacts:
             raise ValueError(
                 f"the probe tells {', '.join(unknown)}; annotations have {', '.join(ATTRIBUTES)} of objects"
             )
+        if len(probe.weight) != dataset.slot_size + 1:
+            raise ValueError(
+                f"the probe reads slots of size {len(probe.weight) - 1}, those of {dataset.name} have {dataset.slot_size}: it "
+                "was fitted on another encoder's"
+            )
         self.partner = np.full((len(names), observed_frames, dataset.num_slots), -2, np.int8)
         self.attributes = np.full((len(names), dataset.num_slots, len(probe.attributes)), -1, np.int8)
         self.found = self.num_objects = 0
@@ -220,31 +236,44 @@ class SlotContacts:
             )
         for episode in annotated:
             index = numbers[names[episode]]
+            annotation = read_json(files[index])
             try:
-                truth = VideoTruth(read_json(files[index]))
+                truth = VideoTruth(annotation)
             except ValueError as error:
                 raise ValueError(f"{files[index]}: {error}") from error
-            frames = np.arange(min(observed_frames, int(dataset.lengths[episode])))
-            slots = torch.from_numpy(column.gather(np.array([episode]), frames[None])[0])
-            objects = {tuple(truth.attributes[i][name] for name in probe.attributes): i for i in truth.ids}
-            slot_of: dict[int, int] = {}
-            for slot, words in enumerate(probe.describe(slots)):
-                found = objects.get(tuple(words.values())) if words is not None else None
-                if found is not None and found not in slot_of:
-                    slot_of[found] = slot
-                    self.attributes[episode, slot] = [probe.attributes[name].index(words[name]) for name in words]
+            length = min(observed_frames, int(dataset.lengths[episode]), len(truth.seen))
+            slots = torch.from_numpy(column.gather(np.array([episode]), np.arange(length)[None])[0])
+            keys = [tuple(truth.attributes[i][name] for name in probe.attributes) for i in truth.ids]
+            told = [None if words is None else tuple(words.values()) for words in probe.describe(slots)]
+            # an object that looks like another one, to the annotation or to the probe, is not told
+            slot_of = {
+                i: told.index(key)
+                for i, key in zip(truth.ids, keys, strict=True)
+                if told.count(key) == keys.count(key) == 1
+            }
+            for i, slot in slot_of.items():
+                words = truth.attributes[i]
+                self.attributes[episode, slot] = [
+                    values.index(words[name]) for name, values in probe.attributes.items()
+                ]
             self.num_objects += len(truth.objects)
             self.found += len(set(truth.objects) & set(slot_of))
-            self.partner[episode, : len(frames), list(slot_of.values())] = -1
+            self.partner[episode, :length, list(slot_of.values())] = -1
             for event in truth.events:
-                if event.kind == "collision" and event.frame < len(frames):
+                if event.kind == "collision" and event.frame < length:
                     for a, b in (event.objects, event.objects[::-1]):
                         if a in slot_of:
                             self.partner[episode, event.frame, slot_of[a]] = slot_of.get(b, -3)
             if statements:
                 question = make_statements(truth, np.random.default_rng([0, index]))
                 if question is not None:
-                    self.statements[names[episode]] = {"question_id": "statements", **question}
+                    self.statements[names[episode]] = {"question_id": STATEMENTS, **question}
+
+        if not self.found:
+            raise ValueError(
+                f"none of {self.num_objects} annotated objects is found among the slots of {dataset.name}: is the probe that "
+                "of their encoder?"
+            )
 
     def gather(self, episodes: np.ndarray, frames: np.ndarray, stride: int) -> Tensor:
         """
@@ -644,6 +673,14 @@ def build_model(
         for name, value in (found | dict(overrides)).items():
             if getattr(model.config, name) != value:
                 raise ValueError(f"{args.init_model} has {name}={getattr(model.config, name)}, expected {value}")
+        if args.observed_frames not in (AloeTrainArguments.observed_frames, processor.observed_frames):
+            raise ValueError(
+                f"{args.init_model} was made for observed_frames={processor.observed_frames}, not {args.observed_frames}"
+            )
+        if probe is not None and model.config.slot_neighbors and not torch.equal(model.slot_coordinates, probe.weight):
+            raise ValueError(
+                f"{args.init_model} finds neighbors by another probe than {args.slot_probe}: give the one it was trained with"
+            )
         return model, processor
     fields = {"num_slots": dataset.num_slots, "slot_size": dataset.slot_size}
     if probe is not None and args.annotations:
@@ -666,7 +703,13 @@ def build_model(
     if config.slot_neighbors:
         if probe is None or not probe.has_positions:
             raise ValueError(
-                f"slot_neighbors={config.slot_neighbors}: which slots are near is read by a probe, give slot_probe, fitted with positions"
+                f"slot_neighbors={config.slot_neighbors}: which slots are near is read by a probe, give slot_probe, fitted with "
+                "positions"
+            )
+        if probe.weight.shape != model.slot_coordinates.shape:
+            raise ValueError(
+                f"slot_probe reads slots of size {len(probe.weight) - 1}, those of the data have {config.slot_size}: it was "
+                "fitted on another encoder's"
             )
         model.slot_coordinates.copy_(probe.weight)
     return model, processor
@@ -721,7 +764,14 @@ def main(argv: Sequence[str] | None = None) -> TrainResult:
     accelerator = make_accelerator(args)
     scenes = None if args.questions is None else load_questions(args.questions)
     validation_scenes = load_questions(args.validation_questions) if args.validation_questions else None
-    validates = validation_scenes is not None or (args.contacts_only and args.eval_every)
+    validates = validation_scenes is not None
+    if args.contacts_only:
+        validates = bool(ClevrerFolder(args.annotations).files("annotation", args.validation_split))
+        if not validates and accelerator.is_main_process:
+            print(
+                f"no evaluation: {args.annotations} has no annotations of the split {args.validation_split}",
+                file=sys.stderr,
+            )
     with accelerator.main_process_first():  # the first process prepares the memory-mapped files
         slots = load_slot_dataset(args.dataset, args.train_split, revision=args.dataset_revision)
         validation_slots = None
@@ -739,14 +789,14 @@ def main(argv: Sequence[str] | None = None) -> TrainResult:
         )
     contacts = validation_contacts = None
     if args.annotations:
-        known = (args.annotations, args.train_split, probe, args.observed_frames)
+        known = (args.annotations, args.train_split, probe, processor.observed_frames)
         contacts = SlotContacts(slots, *known, statements=args.statements)
         if args.statements and scenes is None:
             scenes = [{"video_filename": name, "questions": [one]} for name, one in contacts.statements.items()]
         elif args.statements:
             scenes = [with_statements(scene, contacts.statements) for scene in scenes]
         if args.contacts_only and validation_slots is not None:
-            known = (args.annotations, args.validation_split, probe, args.observed_frames)
+            known = (args.annotations, args.validation_split, probe, processor.observed_frames)
             validation_contacts = SlotContacts(validation_slots, *known)
     options = {"question_types": args.chosen_types(), "text_only": args.text_only}
     if args.contacts_only:
@@ -770,6 +820,9 @@ def main(argv: Sequence[str] | None = None) -> TrainResult:
                 validation = validation.select(np.sort(chosen))
         if (videos.known_labels() < 0).any():
             raise ValueError(f"{args.questions} holds questions without answers: train on a split that has them")
+    if sizes and contacts is None:  # a head without labels
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not name.startswith("contact_"))
     if args.whiten_slots and not args.text_only:
         whiten_projection(model, videos)
     if args.structured_positions:
@@ -789,12 +842,17 @@ def main(argv: Sequence[str] | None = None) -> TrainResult:
         loss_fn = question_loss if contacts is None else question_objective(sizes, args.contact_weight)
         metric_fn = question_metrics(validation) if validation is not None else None
 
+    num_statements = 0
+    if args.statements:
+        num_statements = sum(question["question_id"] == STATEMENTS for question in videos.questions)
+
     def files(result):
         results = training_results(
             result,
             model.parameters(),
             args.dataset,
-            **{"training_videos" if args.contacts_only else "training_questions": len(videos)},
+            **{"training_videos" if args.contacts_only else "training_questions": len(videos) - num_statements},
+            **({"training_statements": num_statements} if args.statements else {}),
             **{
                 "validation_videos" if args.contacts_only else "validation_questions": 0
                 if validation is None
@@ -825,7 +883,7 @@ def model_card(model: AloeForVideoQuestionAnswering, args: AloeTrainArguments, r
     config = model.config
     data = ModelCardData(
         library_name="cjepa_hf",
-        pipeline_tag="visual-question-answering",
+        pipeline_tag=None if args.contacts_only else "visual-question-answering",
         tags=["c-jepa", "aloe"],
     )
     name = args.hub_model_id or Path(args.output_dir).resolve().name
@@ -834,9 +892,10 @@ def model_card(model: AloeForVideoQuestionAnswering, args: AloeTrainArguments, r
     if args.contacts_only:
         learned, batches = f"contacts in {results['training_videos']:,} annotated videos", "videos"
     else:
-        kinds = args.question_types if args.questions else "which pairs collide"
-        learned = f"{results['training_questions']:,} questions ({kinds})"
-        learned += ", and contacts of the same videos" if args.annotations else ""
+        parts = [f"{results['training_questions']:,} questions ({args.question_types})"] if args.questions else []
+        if args.statements:
+            parts.append(f"which pairs of objects collide in {results['training_statements']:,} videos")
+        learned = ", ".join([*parts, *(["contacts in the same videos"] if args.annotations else [])])
         batches = "videos" if args.group_by_video else "questions"
     lines = [
         "---",
@@ -846,7 +905,8 @@ def model_card(model: AloeForVideoQuestionAnswering, args: AloeTrainArguments, r
         f"# {name}",
         "",
         f"ALOE ([paper](https://arxiv.org/abs/2012.08508)) answers CLEVRER's questions about a video from its "
-        f"{config.num_slots} object slots of size {config.slot_size}. It sees {sees}.",
+        f"{config.num_slots} object slots of size {config.slot_size}. It sees {sees}."
+        + (" This one has learned no answers yet, only which objects touch." if args.contacts_only else ""),
         "",
         "```python",
         "import cjepa_hf",

@@ -37,10 +37,11 @@ class AloeConfig(PreTrainedConfig):
             first and the last repeated at the ends): what moves, turns, enters or leaves is then told by one token. Needs
             slots that stay with their objects.
         slot_neighbors (`int`, defaults to 0): A slot is read together with this many nearest slots of its frame: who touches
-            whom is then told by one token, and need not be found by attention. Needs `slot_coordinates`, which tell presence
-            and position linearly; they are part of the weights.
-        contact_attributes (`list[int]`, *optional*): Sizes of the attributes of an object, such as [8, 2, 3] colors, materials
-            and shapes. With it, a head on the slots tells of each whether its object begins to touch another one, and which
+            whom is then told by one token, and need not be found by attention. Which are near is read by the buffer
+            `slot_coordinates`, the weight of a [`SlotProbe`]: copied into a new model, saved with it. As long as it is zero,
+            neighbors mean nothing.
+        contact_attributes (`list[int]`, *optional*): Numbers of values of an object's attributes, in the order of the
+            [`SlotProbe`] that the training reads them with, such as [3, 8, 2] shapes, colors and materials. With it, a head on the slots tells of each whether its object begins to touch another one, and which
             attributes that one has. It shapes what questions find in the slots when it is trained; it is not needed to answer.
         contact_layer (`int`, defaults to 1): The head reads what this many layers make of the slots.
 

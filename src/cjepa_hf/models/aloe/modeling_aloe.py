@@ -121,7 +121,8 @@ def nearest_slots(slots: torch.Tensor, coordinates: torch.Tensor, count: int) ->
     slots that hold no object come last. `coordinates` [D + 1, 3] reads presence (above 0.5), x and y from a slot; the last
     row is the bias. It is the weight of a [`SlotProbe`].
     """
-    read = slots.float() @ coordinates[:-1].float() + coordinates[-1].float()
+    with torch.autocast(slots.device.type, enabled=False):  # the same neighbors in training and in answering
+        read = slots.float() @ coordinates[:-1].float() + coordinates[-1].float()
     present, position = read[..., 0] > 0.5, read[..., 1:]
     distance = (position[..., :, None, :] - position[..., None, :, :]).square().sum(-1)
     distance = distance.masked_fill(~present[..., None, :], torch.finfo(distance.dtype).max)
@@ -415,8 +416,7 @@ class AloeForVideoQuestionAnswering(SafePreTrainedModel):
     def _read_slots(self, slots: torch.Tensor) -> torch.Tensor:
         """The tokens [V, T * N, hidden_size] of slots [V, T, N, D] before their positions are added."""
         config = self.config
-        slots = slots.to(self.dtype)
-        vision = with_context(slots, config.slot_context)
+        vision = with_context(slots.to(self.dtype), config.slot_context)
         vision = F.pad(F.pad(vision, (0, 1)), (0, 1), value=1.0)  # the flags 0, 1
         vision = self.slot_projection(vision)
         if config.slot_neighbors:
