@@ -296,7 +296,7 @@ def test_a_pickled_or_selected_dataset_gives_the_same_batches(data):
     questions = dataset_of(data)
     expected = questions.__getitems__([3, 8])
     for same in (
-        pickle.loads(pickle.dumps(questions)).__getitems__([3, 8]),
+        pickle.loads(pickle.dumps(questions)).__getitems__([3, 8]),  # as a worker of a DataLoader gets it
         questions.select([3, 8]).__getitems__([0, 1]),
     ):
         assert all(torch.equal(expected[name], same[name]) for name in expected)

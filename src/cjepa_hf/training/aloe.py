@@ -294,32 +294,26 @@ class SlotContacts:
         return torch.from_numpy(np.concatenate([touches[..., None], other], axis=-1))
 
 
-class ContactDataset(torch.utils.data.Dataset):
-    """
-    The annotated videos of `contacts`, fetched in batches for [`AloeForVideoQuestionAnswering`] without texts: `slots` float32
-    [V, T, N, D] and `contacts` int64 [V, T, N, 1 + A].
-    """
+class VideoBatches(torch.utils.data.Dataset):
+    """What [`ContactDataset`] and [`QuestionDataset`] share: items are fetched in whole batches, from views of the slots."""
 
-    def __init__(self, dataset: SlotDataset, contacts: SlotContacts, processor: AloeProcessor, random_start: bool):
-        self.dataset, self.contacts, self.processor, self.random_start = dataset, contacts, processor, random_start
-        self.episodes = np.flatnonzero((contacts.partner >= -1).any((1, 2)))
-        for episode in self.episodes:
-            processor.frame_indices(int(dataset.lengths[episode]))  # long enough
+    def __init__(
+        self, dataset: SlotDataset, processor: AloeProcessor, random_start: bool, contacts: SlotContacts | None
+    ):
+        self.dataset, self.processor, self.contacts = dataset, processor, contacts
+        self.random_start = random_start
         self._slots = frame_columns(dataset.data, ["slots"])["slots"]
 
-    def __len__(self) -> int:
-        return len(self.episodes)
-
-    def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        episodes = self.episodes[np.asarray(indices, np.int64)]
+    def view(self, episodes: np.ndarray, first: np.ndarray | int = 0) -> dict[str, Tensor]:
+        """`slots` [V, T, N, D] of frames of `episodes` [V], from `first` [V] on, and their `contacts`, if there are some."""
         starts = self.processor.num_starts
         start = torch.randint(starts, (len(episodes), 1)).numpy() if self.random_start else (starts - 1) // 2
         steps = np.arange(self.processor.num_frames) * self.processor.stride
-        frames = np.broadcast_to(start + steps, (len(episodes), len(steps)))
-        return {
-            "slots": torch.from_numpy(self._slots.gather(episodes, frames)),
-            "contacts": self.contacts.gather(episodes, frames, self.processor.stride),
-        }
+        frames = np.broadcast_to(np.reshape(first, (-1, 1)) + start + steps, (len(episodes), len(steps)))
+        batch = {"slots": torch.from_numpy(self._slots.gather(episodes, frames))}
+        if self.contacts is not None:
+            batch["contacts"] = self.contacts.gather(episodes, frames, self.processor.stride)
+        return batch
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return self.__getitems__([index])
@@ -330,6 +324,7 @@ class ContactDataset(torch.utils.data.Dataset):
         return batch
 
     def __getstate__(self) -> dict:
+        # Views would be pickled as copies; the dataset is pickled as the paths of its memory-mapped files.
         return {key: value for key, value in self.__dict__.items() if key != "_slots"}
 
     def __setstate__(self, state: dict) -> None:
@@ -337,7 +332,26 @@ class ContactDataset(torch.utils.data.Dataset):
         self._slots = frame_columns(self.dataset.data, ["slots"])["slots"]
 
 
-class QuestionDataset(torch.utils.data.Dataset):
+class ContactDataset(VideoBatches):
+    """
+    The annotated videos of `contacts`, fetched in batches for [`AloeForVideoQuestionAnswering`] without texts: `slots` float32
+    [V, T, N, D] and `contacts` int64 [V, T, N, 1 + A].
+    """
+
+    def __init__(self, dataset: SlotDataset, contacts: SlotContacts, processor: AloeProcessor, random_start: bool):
+        super().__init__(dataset, processor, random_start, contacts)
+        self.episodes = np.flatnonzero((contacts.partner >= -1).any((1, 2)))
+        for episode in self.episodes:
+            processor.frame_indices(int(dataset.lengths[episode]))  # long enough
+
+    def __len__(self) -> int:
+        return len(self.episodes)
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        return self.view(self.episodes[np.asarray(indices, np.int64)])
+
+
+class QuestionDataset(VideoBatches):
     """
     Questions of one split with the slots of their videos, fetched in batches for [`AloeForVideoQuestionAnswering`].
     In what `cjepa-hf imagine` made, counterfactual questions are asked about their own video, the one without the object;
@@ -378,8 +392,8 @@ class QuestionDataset(torch.utils.data.Dataset):
         text_only: bool = False,
         contacts: SlotContacts | None = None,
     ):
-        self.dataset, self.processor, self.contacts = dataset, processor, contacts
-        self.random_start, self.text_only = random_start, text_only
+        super().__init__(dataset, processor, random_start, contacts)
+        self.text_only = text_only
         imagined = imagination_settings(dataset)
         episodes = {name: place for place, name in enumerate(dataset.data.with_format(None)["episode_id"])}
         self.scenes, self.questions, self.missing_videos = [], [], []
@@ -435,7 +449,6 @@ class QuestionDataset(torch.utils.data.Dataset):
         self.labels = np.array(labels, np.int64)
         self.episode, self.types = np.array(episode), np.array(types)
         self.first_frame = np.array(shifts)
-        self._slots = frame_columns(dataset.data, ["slots"])["slots"]
 
     def _encode(self, question: Mapping[str, Any]) -> tuple[np.ndarray, list[int]]:
         if question["question_type"] == "descriptive":
@@ -452,14 +465,6 @@ class QuestionDataset(torch.utils.data.Dataset):
 
     def __len__(self) -> int:
         return len(self.questions)
-
-    def __getstate__(self) -> dict:
-        # Views would be pickled as copies; the dataset is pickled as the paths of its memory-mapped files.
-        return {key: value for key, value in self.__dict__.items() if key != "_slots"}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
-        self._slots = frame_columns(self.dataset.data, ["slots"])["slots"]
 
     def select(self, indices: Iterable[int]) -> "QuestionDataset":
         """The questions `indices`, in that order."""
@@ -490,17 +495,12 @@ class QuestionDataset(torch.utils.data.Dataset):
         views = np.stack([self.episode[indices], self.first_frame[indices]], axis=1)
         views, view = np.unique(views, axis=0, return_inverse=True)
         if self.text_only:
-            slots = torch.zeros(len(views), self.processor.num_frames, *self._slots.shape)
+            batch = {"slots": torch.zeros(len(views), self.processor.num_frames, *self._slots.shape)}
         else:
-            starts = self.processor.num_starts
-            start = torch.randint(starts, (len(views), 1)).numpy() if self.random_start else (starts - 1) // 2
-            steps = np.arange(self.processor.num_frames) * self.processor.stride
-            frames = views[:, 1:] + start + steps
-            slots = torch.from_numpy(self._slots.gather(views[:, 0], frames))
+            batch = self.view(views[:, 0], views[:, 1])
         types = torch.from_numpy(self.types[indices])
         question = torch.from_numpy(question)
-        batch = {
-            "slots": slots,
+        batch |= {
             "input_ids": tokens,
             "attention_mask": tokens != 0,
             "is_option": (types != QUESTION_TYPES.index("descriptive"))[question],
@@ -509,16 +509,6 @@ class QuestionDataset(torch.utils.data.Dataset):
             "labels": torch.from_numpy(self.labels[rows]),
             "question_type": types,
         }
-        if self.contacts is not None:
-            batch["contacts"] = self.contacts.gather(views[:, 0], frames, self.processor.stride)
-        return batch
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return self.__getitems__([index])
-
-    @staticmethod
-    def collate(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`__getitems__` has made the batch already."""
         return batch
 
 
