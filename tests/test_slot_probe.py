@@ -96,6 +96,8 @@ def test_it_survives_saving(probe, tmp_path):
     )
     assert torch.equal(again.empty_slot, probe.empty_slot)
     assert [file.name for file in tmp_path.iterdir()] == ["slot_probe.safetensors"]
+    (tmp_path / "plain").write_text("")
+    assert (tmp_path / "slot_probe.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
     with pytest.raises(FileNotFoundError, match="holds no slot_probe"):
         SlotProbe.from_pretrained(tmp_path / "other")
 

@@ -734,8 +734,6 @@ def answer(arguments, _) -> None:
 
 
 def convert(arguments, _) -> None:
-    import shutil
-
     from cjepa_hf.data.extract import usual_image_processor
     from cjepa_hf.hub.convert import (
         config_file,
@@ -743,6 +741,7 @@ def convert(arguments, _) -> None:
         convert_original_slots,
         is_original_slots,
     )
+    from cjepa_hf.training.trainer import save_model_folder
 
     _check_released_name(arguments.file, arguments.config)
     output = Path(arguments.output_dir)
@@ -768,19 +767,16 @@ def convert(arguments, _) -> None:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"--output-dir {output} is not empty: choose a new folder")
     model = convert_original_checkpoint(arguments.file, arguments.config)
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    try:
-        model.save_pretrained(temporary)
-        beside = config_file(arguments.config).parent if arguments.config else temporary
+    files = {}
+    if arguments.config:
+        beside = config_file(arguments.config).parent
         for name in ("preprocessor_config.json", "processor_config.json", "source.json"):
-            if beside != temporary and (beside / name).is_file():
-                shutil.copyfile(beside / name, temporary / name)
-        processor = usual_image_processor(getattr(model.config, "slot_encoder_config", None) or model.config)
-        if processor is not None and not (temporary / "preprocessor_config.json").is_file():
-            processor.save_pretrained(temporary)
-        os.replace(temporary, output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            if (beside / name).is_file():
+                files[name] = (beside / name).read_text(encoding="utf-8")
+    processor = usual_image_processor(getattr(model.config, "slot_encoder_config", None) or model.config)
+    if processor is not None:
+        files.setdefault("preprocessor_config.json", processor.to_json_string())
+    save_model_folder(model, output, files)
     size = sum(parameter.numel() for parameter in model.parameters())
     report = {"folder": str(output), "model_type": model.config.model_type, "num_parameters": size}
     print(json.dumps(report) if arguments.json else f"{type(model).__name__} ({size:,} parameters) in {output}")

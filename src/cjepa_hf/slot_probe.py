@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 __all__ = ["SlotProbe"]
 
@@ -188,7 +188,7 @@ class SlotProbe:
         metadata = {"attributes": json.dumps(self.attributes)}
         temporary = folder / f".{_FILE}.{os.getpid()}.tmp"
         try:
-            save_file(tensors, temporary, metadata=metadata)
+            temporary.write_bytes(save(tensors, metadata))  # a file of save_file its owner alone could read
             os.replace(temporary, folder / _FILE)
         finally:
             temporary.unlink(missing_ok=True)

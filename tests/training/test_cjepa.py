@@ -104,6 +104,8 @@ def test_training_beats_copying_and_the_folder_loads(folder, tmp_path):
 
     results = json.loads((tmp_path / "training_results.json").read_text())
     assert results["validation"] == metrics and results["step"] == 150
+    modes = {(tmp_path / name).stat().st_mode for name in ("model.safetensors", "README.md", "config.json")}
+    assert len(modes) == 1  # whoever may read one may read all
     card = (tmp_path / "README.md").read_text()
     assert f"| mse_1 | {metrics['mse_1']:.4g} |" in card and "150 steps" in card
     assert "hand-made" in card

@@ -24,7 +24,7 @@ from transformers import AutoImageProcessor, AutoModel
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 from transformers.utils import cached_file, extract_commit_hash
 
-from .slots import METADATA_FILE, PARTIAL_FOLDER, SlotDatasetWriter, fingerprint, writer_arguments
+from .slots import METADATA_FILE, PARTIAL_FOLDER, SlotDatasetWriter, fingerprint, is_finished
 from .video import Video, check_lengths, open_source
 
 __all__ = ["encode_videos", "extract_slots"]
@@ -231,21 +231,15 @@ def _parts(lengths: Sequence[int], frames_per_file: int, num_frames: int | None)
 
 def _open_writer(output_dir: Path, rank: int, arguments: dict) -> SlotDatasetWriter | None:
     """None if the dataset is finished. Processes other than the first wait until that one has made the folder."""
-    wanted = fingerprint(writer_arguments(**arguments))
-    started = output_dir / PARTIAL_FOLDER / "arguments.json"
-
-    def is_finished():
-        path = output_dir / METADATA_FILE
-        return path.exists() and json.loads(path.read_text(encoding="utf-8")).get("fingerprint") == wanted
-
     if rank > 0:
+        started = output_dir / PARTIAL_FOLDER / "arguments.json"
         _wait(lambda: started.exists() or (output_dir / METADATA_FILE).exists())
-    if is_finished():
+    if is_finished(output_dir, arguments):
         return None
     try:
         return SlotDatasetWriter(output_dir, **arguments)
     except OSError:
-        if rank > 0 and is_finished():  # meanwhile
+        if rank > 0 and is_finished(output_dir, arguments):  # meanwhile
             return None
         raise
 

@@ -901,6 +901,8 @@ def save_model_folder(model: nn.Module, folder: str | Path, files: Mapping[str, 
         for name, text in (files or {}).items():
             (temporary / name).write_text(text, encoding="utf-8")
         weights = sorted(path.name for path in temporary.iterdir() if "safetensors" in path.name)
+        for name in weights:  # safetensors makes files that their owner alone can read (its issue 782)
+            shutil.copymode(temporary / "config.json", temporary / name)
         for path in folder.glob("*.safetensors*"):
             path.unlink()
         for name in sorted(path.name for path in temporary.iterdir() if path.name not in weights) + weights:
