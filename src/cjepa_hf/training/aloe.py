@@ -18,7 +18,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from huggingface_hub import ModelCardData
 from torch import Tensor, nn
 from transformers.hf_argparser import HfArg
 
@@ -29,7 +28,15 @@ from ..models.aloe.modeling_aloe import contact_losses, with_context
 from ..simulators.questions import ATTRIBUTES, VideoTruth, make_statements
 from ..slot_probe import SlotProbe
 from .arguments import TrainArguments, config_arguments, config_fields, config_overrides, parse_arguments
-from .trainer import TrainResult, make_accelerator, result_files, train_and_save, training_results
+from .trainer import (
+    TrainResult,
+    card_text,
+    make_accelerator,
+    result_files,
+    steps_taken,
+    train_and_save,
+    training_results,
+)
 
 STATEMENTS = "statements"  # the question_id of what is asked beside the questions of a file
 MODEL_INPUTS = ("slots", "input_ids", "attention_mask", "is_option", "video_index", "labels")
@@ -871,67 +878,38 @@ def main(argv: Sequence[str] | None = None) -> TrainResult:
 def model_card(model: AloeForVideoQuestionAnswering, args: AloeTrainArguments, results: Mapping[str, Any]) -> str:
     """README.md of a trained folder: what it is, how it was trained, what was measured."""
     config = model.config
-    data = ModelCardData(
-        library_name="cjepa_hf",
-        pipeline_tag=None if args.contacts_only else "visual-question-answering",
-        tags=["c-jepa", "aloe"],
-    )
-    name = args.hub_model_id or Path(args.output_dir).resolve().name
     encoder = (results["slot_encoder"] or {}).get("name")
     sees = "no slots at all: the text-only baseline" if args.text_only else f"{config.num_frames} frames of a video"
     if args.contacts_only:
         learned, batches = f"contacts in {results['training_videos']:,} annotated videos", "videos"
+        validated = f"On {results['validation_videos']:,} videos."
     else:
         parts = [f"{results['training_questions']:,} questions ({args.question_types})"] if args.questions else []
         if args.statements:
             parts.append(f"which pairs of objects collide in {results['training_statements']:,} videos")
         learned = ", ".join([*parts, *(["contacts in the same videos"] if args.annotations else [])])
         batches = "videos" if args.group_by_video else "questions"
-    lines = [
-        "---",
-        data.to_yaml(),
-        "---",
-        "",
-        f"# {name}",
-        "",
-        f"ALOE ([paper](https://arxiv.org/abs/2012.08508)) answers CLEVRER's questions about a video from its "
+        validated = (
+            f"On {results['validation_questions']:,} questions. A multiple-choice question is right when all of its options "
+            "are; `accuracy` weights the types by their questions."
+        )
+    return card_text(
+        model,
+        args,
+        results,
+        about="ALOE ([paper](https://arxiv.org/abs/2012.08508)) answers CLEVRER's questions about a video from its "
         f"{config.num_slots} object slots of size {config.slot_size}. It sees {sees}."
         + (" This one has learned no answers yet, only which objects touch." if args.contacts_only else ""),
-        "",
-        "```python",
-        "import cjepa_hf",
-        "from cjepa_hf import AloeForVideoQuestionAnswering, AloeProcessor",
-        "",
-        f'model = AloeForVideoQuestionAnswering.from_pretrained("{name}")',
-        f'processor = AloeProcessor.from_pretrained("{name}")',
-        "```",
-        "",
-        "## Training",
-        "",
-        f"- slots: `{results['dataset']}`, split `{args.train_split}`" + (f", by `{encoder}`" if encoder else ""),
-        f"- {learned}, {results['step']} steps of {args.batch_size} {batches}, {args.optimizer}, seed {args.seed}, "
-        f"{results['training_seconds'] / 60:.1f} minutes",
-        f"- {results['parameters']:,} parameters, {config.num_hidden_layers} layers",
-        "- all arguments: `training_args.json`",
-        "",
-    ]
-    if results["validation"]:
-        lines += ["## Validation", ""]
-        if args.contacts_only:
-            lines += [f"On {results['validation_videos']:,} videos.", ""]
-        else:
-            lines += [
-                f"On {results['validation_questions']:,} questions. A multiple-choice question is right when all of its "
-                "options are; `accuracy` weights the types by their questions.",
-                "",
-            ]
-        lines += [
-            "| metric | value |",
-            "|---|---|",
-            *(f"| {metric} | {value:.4g} |" for metric, value in results["validation"].items()),
-            "",
-        ]
-    return "\n".join(lines)
+        training=[
+            f"slots: `{results['dataset']}`, split `{args.train_split}`" + (f", by `{encoder}`" if encoder else ""),
+            f"{learned}, {steps_taken(args, results, batches)}",
+            f"{results['parameters']:,} parameters, {config.num_hidden_layers} layers",
+        ],
+        validation=validated,
+        tags=["c-jepa", "aloe"],
+        task=None if args.contacts_only else "visual-question-answering",
+        processor="AloeProcessor",
+    )
 
 
 if __name__ == "__main__":

@@ -8,12 +8,10 @@ import random
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from huggingface_hub import ModelCardData
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModel, BaseImageProcessor
 from transformers.hf_argparser import HfArg
@@ -29,7 +27,15 @@ from ..data.slots import (
 )
 from ..models.cjepa import CJepaModel, SlotWorldModel
 from .arguments import TrainArguments, config_arguments, config_overrides, parse_arguments
-from .trainer import TrainResult, make_accelerator, result_files, train_and_save, training_results
+from .trainer import (
+    TrainResult,
+    card_text,
+    make_accelerator,
+    result_files,
+    steps_taken,
+    train_and_save,
+    training_results,
+)
 
 
 @dataclass(kw_only=True)
@@ -515,57 +521,32 @@ def model_card(model: SlotWorldModel, args: CJepaTrainArguments, results: Mappin
         kind = config.model_type
         what = "A DINO-WM world model ([paper](https://arxiv.org/abs/2411.04983)): autoregressive, it predicts"
     objects = "patches" if getattr(config, "token_type", None) == "patches" else "object slots"
-    task = "robotics" if config.action_size else None
-    data = ModelCardData(library_name="cjepa_hf", pipeline_tag=task, tags=[kind, "world-model"])
-    name = args.hub_model_id or Path(args.output_dir).resolve().name
     low, high = config.masked_slots_range
     masked = f"{low}" if low == high else f"{low} to {high}"
     encoder = (results["slot_encoder"] or {}).get("name")
     conditions = [f"actions [{config.action_size}]"] if config.action_size else []
     conditions += [f"proprioception [{config.proprio_size}]"] if config.proprio_size else []
-    lines = [
-        "---",
-        data.to_yaml(),
-        "---",
-        "",
-        f"# {name}",
-        "",
-        f"{what} {config.num_slots} {objects} of size {config.slot_size}, {config.frame_skip} environment steps ahead per "
+    return card_text(
+        model,
+        args,
+        results,
+        about=f"{what} {config.num_slots} {objects} of size {config.slot_size}, {config.frame_skip} environment steps ahead per "
         f"frame, from up to {config.history_length} frames"
         + (" with " + " and ".join(conditions) if conditions else "")
         + ".",
-        "",
-        "```python",
-        "import cjepa_hf",
-        f"from cjepa_hf import {type(model).__name__}",
-        "",
-        f'model = {type(model).__name__}.from_pretrained("{name}")',
-        "```",
-        "",
-        "## Training",
-        "",
-        f"- data: `{results['dataset']}`, split `{args.train_split}`" + (f", slots by `{encoder}`" if encoder else ""),
-        f"- {results['step']} steps of {args.batch_size} windows, {args.optimizer}, seed {args.seed}, "
-        f"{results['training_seconds'] / 60:.1f} minutes",
-        f"- {results['parameters']:,} parameters, {config.num_hidden_layers} layers"
-        + (f"; slots hidden per sample: {masked} ({config.mask_strategy} masks)" if kind == "c-jepa" else ""),
-        f"- slot encoder inside: {'yes' if model.slot_encoder is not None else 'no'}",
-        "- all arguments: `training_args.json`",
-        "",
-    ]
-    if results["validation"]:
-        lines += [
-            "## Validation",
-            "",
-            f"Mean squared slot error of imagined frames (split `{args.validation_split}`): from one observed frame, "
-            "from a full history (`_history`), and of repeating the last frame (`copy_`).",
-            "",
-            "| metric | value |",
-            "|---|---|",
-            *(f"| {metric} | {value:.4g} |" for metric, value in results["validation"].items()),
-            "",
-        ]
-    return "\n".join(lines)
+        training=[
+            f"data: `{results['dataset']}`, split `{args.train_split}`"
+            + (f", slots by `{encoder}`" if encoder else ""),
+            steps_taken(args, results, "windows"),
+            f"{results['parameters']:,} parameters, {config.num_hidden_layers} layers"
+            + (f"; slots hidden per sample: {masked} ({config.mask_strategy} masks)" if kind == "c-jepa" else ""),
+            f"slot encoder inside: {'yes' if model.slot_encoder is not None else 'no'}",
+        ],
+        validation=f"Mean squared slot error of imagined frames (split `{args.validation_split}`): from one observed frame, "
+        "from a full history (`_history`), and of repeating the last frame (`copy_`).",
+        tags=[kind, "world-model"],
+        task="robotics" if config.action_size else None,
+    )
 
 
 if __name__ == "__main__":

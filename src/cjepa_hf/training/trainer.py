@@ -18,7 +18,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -30,6 +30,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast_object_list, send_to_device
+from huggingface_hub import ModelCardData
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
@@ -959,6 +960,61 @@ def result_files(args: TrainArguments, overrides: Mapping[str, Any], results: Ma
         "training_args.json": json.dumps(arguments | dict(overrides), indent=2),
         "training_results.json": json.dumps(results, indent=2),
     }
+
+
+def card_text(
+    model: nn.Module,
+    args: TrainArguments,
+    results: Mapping[str, Any],
+    *,
+    about: str,
+    training: Sequence[str],
+    validation: str,
+    tags: Sequence[str],
+    task: str | None = None,
+    processor: str | None = None,
+) -> str:
+    """
+    README.md of a trained folder: front matter with `tags` and the pipeline `task`, `about`, how it is loaded (the model, and
+    the class `processor`), `training` (lines about data, batches and model), and, if `results` hold some, metrics explained
+    by `validation`.
+    """
+    name = args.hub_model_id or Path(args.output_dir).resolve().name
+    classes = {"model": type(model).__name__} | ({"processor": processor} if processor else {})
+    lines = [
+        "---",
+        ModelCardData(library_name="cjepa_hf", pipeline_tag=task, tags=list(tags)).to_yaml(),
+        "---",
+        "",
+        f"# {name}",
+        "",
+        about,
+        "",
+        "```python",
+        "import cjepa_hf",
+        f"from cjepa_hf import {', '.join(classes.values())}",
+        "",
+        *(f'{variable} = {loaded}.from_pretrained("{name}")' for variable, loaded in classes.items()),
+        "```",
+        "",
+        "## Training",
+        "",
+        *(f"- {line}" for line in training),
+        "- all arguments: `training_args.json`",
+        "",
+    ]
+    if results["validation"]:
+        metrics = [f"| {metric} | {value:.4g} |" for metric, value in results["validation"].items()]
+        lines += ["## Validation", "", validation, "", "| metric | value |", "|---|---|", *metrics, ""]
+    return "\n".join(lines)
+
+
+def steps_taken(args: TrainArguments, results: Mapping[str, Any], items: str) -> str:
+    """How long a training was, in words: `items` are what a batch holds."""
+    return (
+        f"{results['step']} steps of {args.batch_size} {items}, {args.optimizer}, seed {args.seed}, "
+        f"{results['training_seconds'] / 60:.1f} minutes"
+    )
 
 
 def create_hub_repository(args: TrainArguments) -> None:
