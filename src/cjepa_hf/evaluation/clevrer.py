@@ -22,7 +22,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..data.clevrer import load_questions, write_submission
-from ..data.slots import load_slot_dataset
+from ..data.slots import fingerprint, load_slot_dataset
 from ..models.aloe import QUESTION_TYPES, AloeForVideoQuestionAnswering, AloeProcessor
 from ..training.aloe import MODEL_INPUTS, QuestionDataset, imagination_settings
 from ..training.trainer import write_text
@@ -277,6 +277,7 @@ def evaluate_question_answering(
         "dataset": str(dataset),
         "split": split,
         "questions": str(questions),
+        "questions_hash": fingerprint(scenes),
         "random_start": random_start,
         "videos_without_slots": len(missing),
         "imagined": settings
