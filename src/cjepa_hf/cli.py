@@ -135,9 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--model", required=True, help="folder or Hub id of a CJepaModel without actions (collisions: the shipped one)"
     )
-    sub.add_argument(
-        "--probe", help="folder with slot_probe.safetensors (default: that of the model, if it is a folder)"
-    )
+    sub.add_argument("--probe", help="folder or Hub id with slot_probe.safetensors (default: that of the model)")
     sub.add_argument("--output-dir", required=True)
     sub.add_argument("--splits", nargs="+", help="only these (default: all)")
     sub.add_argument(
@@ -286,7 +284,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _slot_arguments(sub):
     sub.add_argument("--slot-encoder", help="folder or Hub id (default: the one in the world model)")
-    sub.add_argument("--probe", help="folder with a slot_probe.safetensors (default: beside the model)")
+    sub.add_argument("--probe", help="folder or Hub id with slot_probe.safetensors (default: beside the model)")
 
 
 def _common(sub):

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
+from transformers.utils import cached_file
 
 __all__ = ["SlotProbe"]
 
@@ -195,9 +196,20 @@ class SlotProbe:
         return folder / _FILE
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike) -> "SlotProbe":
-        """Read it from a folder. Raises `FileNotFoundError` if there is none."""
+    def from_pretrained(cls, folder: str | os.PathLike, *, revision: str | None = None) -> "SlotProbe":
+        """
+        Read it from a folder, or from a model repository on the Hub (at a branch, tag or commit). Raises
+        `FileNotFoundError` if there is none, `ValueError` if the file is something else.
+        """
         path = Path(folder) / _FILE
+        if not Path(folder).is_dir():
+            try:
+                found = cached_file(str(folder), _FILE, revision=revision, _raise_exceptions_for_missing_entries=False)
+            except OSError as error:
+                raise FileNotFoundError(
+                    f"{folder} holds no {_FILE}: it is no folder, and the Hub gives none ({error})"
+                ) from error
+            path = path if found is None else Path(found)
         if not path.is_file():
             raise FileNotFoundError(f"{folder} holds no {_FILE}: fit a SlotProbe and save it there")
         with safe_open(path, "pt") as file:

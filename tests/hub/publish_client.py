@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor, pipeline
 
 CLEVRER = "cjepa-clevrer-savi-2of7"  # an entry at full size
 
@@ -98,7 +98,18 @@ def publish_others(folder):
     for name in ("pytorch_model.bin", "model-00001-of-00002.safetensors", "notes.txt"):
         api.upload_file(repo_id="tester/stale", path_or_fileobj=b"old", path_in_repo=name)
     publish(target, "tester/stale")
+    publish_with_probe(api)
     return predicted(net)
+
+
+def publish_with_probe(api):
+    """The shipped model with its probe; later the same without: who wants words takes the tag."""
+    from cjepa_hf import bundled_checkpoint
+    from cjepa_hf.hub.publish import publish
+
+    publish(bundled_checkpoint("collisions"), "tester/collisions")
+    api.create_tag("tester/collisions", tag="with-probe")
+    api.delete_file("slot_probe.safetensors", "tester/collisions")
 
 
 def publish_slots(folder):
@@ -151,11 +162,28 @@ def load_by_name(folder):
     return {name: [type(net).__name__, predicted(net)] for name, net in nets.items()}
 
 
+def load_probe(folder):
+    """That of a revision, with its model, alone, and where there is none."""
+    from cjepa_hf import CJepaModel, SlotProbe
+
+    def found(revision):
+        net = CJepaModel.from_pretrained("tester/collisions", revision=revision)
+        probe = pipeline("counterfactual-rollout", model=net, device="cpu").probe
+        return None if probe is None else probe.fingerprint()
+
+    alone = SlotProbe.from_pretrained("tester/collisions", revision="with-probe").fingerprint()
+    return {
+        "with": [found("with-probe"), alone],
+        "without": found(None),
+        "message": message(SlotProbe.from_pretrained, "tester/collisions"),
+    }
+
+
 def load_offline(folder):
     from cjepa_hf import CJepaModel
 
     net = CJepaModel.from_pretrained(f"galilai/{CLEVRER}")
-    return predicted(net), message(CJepaModel.from_pretrained, "tester/code")
+    return predicted(net), message(CJepaModel.from_pretrained, "tester/code"), load_probe(folder)
 
 
 def load_slots(folder):

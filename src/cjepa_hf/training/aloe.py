@@ -96,7 +96,7 @@ class AloeTrainArguments(TrainArguments):
     )
     slot_probe: str | None = HfArg(
         default=None,
-        help="Folder with the probe that tells the objects of slots (`cjepa-hf probe`); needed by annotations and by "
+        help="Folder or Hub id with the probe that tells the objects of slots (`cjepa-hf probe`); needed by annotations and by "
         "slot_neighbors.",
     )
     contacts_only: bool = HfArg(

@@ -452,6 +452,8 @@ _STATISTICS = ("action_mean", "action_std", "proprio_mean", "proprio_std")
 class SafePreTrainedModel(PreTrainedModel):
     """Base of the models: weights come from safetensors alone, and what cannot be loaded says why and what helps."""
 
+    revision: str | None = None  # of the repository it was loaded from, for the files beside its weights
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, use_safetensors: bool | None = True, **kwargs):
         """
@@ -494,6 +496,7 @@ class SafePreTrainedModel(PreTrainedModel):
                         "arrived whole are kept."
                     ) from error
             raise
+        model.revision = kwargs.get("revision")
         if with_report:
             return model, report
         if missing := sorted(report["missing_keys"]):
