@@ -358,6 +358,7 @@ _CORRECT_COUNTS = (0.16, 0.20, 0.33, 0.26, 0.05)  # options that are responsible
 _CANDIDATES = 20  # drawn for each descriptive question
 _MAX_WORDS = 20
 _UNCLEAR_SPEED = (0.01, 0.04)  # whether this is moving cannot be seen
+_NEXT = ("What will happen next?", "Which event will happen next?")
 _HIDDEN_MARGIN = (VISIBLE_FRAMES + 3, VISIBLE_FRAMES + 42)  # a predicted collision is clearly after, and in time
 
 
@@ -402,22 +403,34 @@ def make_counterfactual_questions(
     return [{"question_id": k, **question} for k, question in enumerate(questions)]
 
 
-def make_statements(truth: VideoTruth, generator: np.random.Generator, *, most: int = 12) -> dict[str, Any] | None:
+def make_statements(
+    truth: VideoTruth, generator: np.random.Generator, *, most: int = 12, start: int | None = None
+) -> dict[str, Any] | None:
     """
     A question in CLEVRER's form that CLEVRER does not ask: which of up to `most` pairs of objects collide in the video. About
     half of them do, as far as there are such; objects that no words tell from another one are left out, and without a pair it
     is None. There is much to learn from it: options of predictive and counterfactual questions are such pairs, too.
+
+    With `start` it is asked as if the video ended there: which of them collide next, from that frame on. Of the others, those
+    that collided before come first, and without one that collides it is None.
     """
     maker = _Maker(truth, generator)
     groups: dict[bool, list] = {True: [], False: []}
+    happen = {e.objects for e in truth.events if e.kind == "collision" and e.frame >= (start or 0)}
     pairs = [pair for pair in maker._pairs() if all(maker._can_be_named(i) for i in pair)]
     for k in generator.permutation(len(pairs)):
-        groups[pairs[k] in truth.collided].append(pairs[k])
+        groups[pairs[k] in happen].append(pairs[k])
+    groups[False].sort(key=lambda pair: pair not in truth.collided)
     chosen = groups[True][: most // 2]
+    if start is not None and not chosen:
+        return None
     chosen += groups[False][: min(most - len(chosen), max(2, len(chosen) + 1))]
     if not chosen:
         return None
     options = [maker._pair_phrase(pair) for pair in chosen]
+    if start is not None:
+        text = maker._pick(_NEXT)
+        return maker._question("predictive", text, ["unseen_events", "belong_to"], options)
     return maker._question("explanatory", "Which of the following happen?", ["events", "belong_to"], options)
 
 
@@ -720,7 +733,7 @@ class _Maker:
             before = [p for p in wrong if p in self.truth.collided]
             never = [p for p in wrong if p not in self.truth.collided]
             pool = before if before and (not never or self.random.random() < 0.4) else never
-            text = self._pick(("What will happen next?", "Which event will happen next?"))
+            text = self._pick(_NEXT)
             options = [self._pair_phrase(right[k]), self._pair_phrase(self._pick(pool))]
             questions.append(self._question("predictive", text, ["unseen_events", "belong_to"], options))
         return questions

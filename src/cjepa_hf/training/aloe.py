@@ -107,8 +107,8 @@ class AloeTrainArguments(TrainArguments):
     contact_weight: float = HfArg(default=0.5, help="Weight of the loss of contacts beside that of the questions.")
     statements: bool = HfArg(
         default=False,
-        help="Ask one question more about every annotated training video: which of some pairs of objects collide in it. "
-        "Without questions, this one alone.",
+        help="Ask two questions more about every annotated training video: which of some pairs of objects collide in it, and "
+        "which next, as if its end were not known. Without questions, these alone.",
     )
 
     # > Parameters that control the model
@@ -152,10 +152,10 @@ class AloeTrainArguments(TrainArguments):
             self.contact_weight = 0.0  # so that a run is not resumed without its annotations
         if self.contacts_only and self.validation_questions:
             raise ValueError("contacts_only asks no questions: leave validation_questions out")
-        if self.statements and "explanatory" not in self.chosen_types():
+        if self.statements and not {"explanatory", "predictive"} & set(self.chosen_types()):
             raise ValueError(
-                f"question_types={self.question_types!r} leaves statements out, which are explanatory: add it, or leave "
-                "statements out"
+                f"question_types={self.question_types!r} leaves statements out, which are explanatory and predictive: add "
+                "one, or leave statements out"
             )
 
     def chosen_types(self) -> tuple[str, ...]:
@@ -191,13 +191,15 @@ class SlotContacts:
         probe: tells color, material and shape of slots, by which objects are found.
         observed_frames: of a video; later ones, and those after the end of the annotation, are unknown.
         statements: make them; they are drawn from a fixed seed.
+        num_future_frames: of the observed frames, what is asked to happen next in some statements.
 
     Attributes:
         partner: int8 [E, observed_frames, N], the slot whose object the slot's object begins to touch in a frame; -1: none,
             -2: not known, as it is not told to be one object of the annotation; -3: an object that no slot is told to be.
         attributes: int8 [E, N, A], attributes of every slot's object, places in those of `probe`; -1: not known.
         found, num_objects: how many of the objects that are in view for some frames were found.
-        statements: by the name of a video a question about which pairs collide (`make_statements`).
+        statements: by the name of a video questions about which pairs collide in it, and which next, as if it had ended
+            before its last `num_future_frames` (`make_statements`).
 
     Raises `ValueError` where no video is annotated or no object is found, for damaged annotations, and for a probe of other
     slots or attributes.
@@ -212,9 +214,10 @@ class SlotContacts:
         observed_frames: int,
         *,
         statements: bool = False,
+        num_future_frames: int = 32,
     ):
         self.observed_frames = observed_frames
-        self.statements: dict[str, dict[str, Any]] = {}
+        self.statements: dict[str, list[dict[str, Any]]] = {}
         names = dataset.data.with_format(None)["episode_id"]
         files = ClevrerFolder(annotations).files("annotation", split)
         numbers = {
@@ -272,9 +275,10 @@ class SlotContacts:
                         if a in slot_of:
                             self.partner[episode, event.frame, slot_of[a]] = slot_of.get(b, -3)
             if statements:
-                question = make_statements(truth, np.random.default_rng([0, index]))
-                if question is not None:
-                    self.statements[names[episode]] = {"question_id": STATEMENTS, **question}
+                generator, start = np.random.default_rng([0, index]), observed_frames - num_future_frames
+                made = [make_statements(truth, generator)]
+                made += [make_statements(truth, generator, start=start)] if start > 0 else []
+                self.statements[names[episode]] = [{"question_id": STATEMENTS, **one} for one in made if one]
 
         if not self.found:
             raise ValueError(
@@ -426,8 +430,10 @@ class QuestionDataset(VideoBatches):
                             self.missing_videos.append(own)
                             continue
                         place = episodes[own]
-                    shift = processor.frame_indices(int(dataset.lengths[place]), kind, 0)[0]
-                    if imagined and kind == "predictive" and not shift:
+                    # what happens next in a statement is among the observed frames
+                    after = kind == "predictive" and question["question_id"] != STATEMENTS
+                    shift = processor.frame_indices(int(dataset.lengths[place]), kind if after else None, 0)[0]
+                    if imagined and after and not shift:
                         raise ValueError(
                             f"{imagined['num_future_frames']} frames were imagined, and fewer than min_imagined_frames="
                             f"{processor.min_imagined_frames} are not looked at"
@@ -541,10 +547,10 @@ class QuestionsByVideo(torch.utils.data.Dataset):
     collate = staticmethod(QuestionDataset.collate)
 
 
-def with_statements(scene: Mapping[str, Any], statements: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """A scene of a question file with one question more, if there is one under the name of its video."""
-    more = [statements[name] for name in video_names(scene) if name in statements]
-    return {**scene, "questions": [*scene["questions"], *more[:1]]}
+def with_statements(scene: Mapping[str, Any], statements: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+    """A scene of a question file with the questions more that there are under the name of its video."""
+    more = next((statements[name] for name in video_names(scene) if name in statements), [])
+    return {**scene, "questions": [*scene["questions"], *more]}
 
 
 # --- objective and metrics -----------------------------------------------------------------------------------------
@@ -787,9 +793,11 @@ def main(argv: Sequence[str] | None = None) -> TrainResult:
     contacts = validation_contacts = None
     if args.annotations:
         known = (args.annotations, args.train_split, probe, processor.observed_frames)
-        contacts = SlotContacts(slots, *known, statements=args.statements)
+        contacts = SlotContacts(
+            slots, *known, statements=args.statements, num_future_frames=processor.num_future_frames
+        )
         if args.statements and scenes is None:
-            scenes = [{"video_filename": name, "questions": [one]} for name, one in contacts.statements.items()]
+            scenes = [{"video_filename": name, "questions": made} for name, made in contacts.statements.items()]
         elif args.statements:
             scenes = [with_statements(scene, contacts.statements) for scene in scenes]
         if args.contacts_only and validation_slots is not None:
@@ -886,7 +894,7 @@ def model_card(model: AloeForVideoQuestionAnswering, args: AloeTrainArguments, r
     else:
         parts = [f"{results['training_questions']:,} questions ({args.question_types})"] if args.questions else []
         if args.statements:
-            parts.append(f"which pairs of objects collide in {results['training_statements']:,} videos")
+            parts.append(f"{results['training_statements']:,} statements about which pairs of objects collide")
         learned = ", ".join([*parts, *(["contacts in the same videos"] if args.annotations else [])])
         batches = "videos" if args.group_by_video else "questions"
         validated = (
