@@ -11,6 +11,7 @@ the question's own, on the same stack. Rules that its paper leaves open (all fra
 - "next" means the hidden frames 128..174; a counterfactual ends with frame 127; both ask only which pairs collide.
 """
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -106,6 +107,15 @@ class VideoTruth:
             raise ValueError(
                 f"the predictions do not belong to {self.name} or are no NS-DR file ({error!r})."
             ) from None
+
+    def until(self, frame: int) -> "VideoTruth":
+        """The same video as if it ended before `frame`: the collisions from then on are those that happen next."""
+        part = copy.copy(self)
+        late = {e.objects: e.frame for e in reversed(self.events) if e.kind == "collision" and e.frame >= frame}
+        part.unseen, part.unseen_frames, part.counterfactuals, part.unsure = set(late), late, None, {}
+        part.events = [event for event in self.events if event.frame < frame]
+        part.collided = {e.objects for e in part.events if e.kind == "collision"}
+        return part
 
     def moving(self, object_id: int, frame: int | None) -> bool | None:
         """Whether it moves (see above); None if it is not in view."""
@@ -411,12 +421,13 @@ def make_statements(
     half of them do, as far as there are such; objects that no words tell from another one are left out, and without a pair it
     is None. There is much to learn from it: options of predictive and counterfactual questions are such pairs, too.
 
-    With `start` it is asked as if the video ended there: which of them collide next, from that frame on. Of the others, those
-    that collided before come first, and without one that collides it is None.
+    With `start` it is a predictive question as if the video ended before that frame: which of them collide next. Of the others,
+    those that collided before come first, and without one that collides it is None.
     """
-    maker = _Maker(truth, generator)
+    if start is not None:
+        truth = truth.until(start)
+    maker, happen = _Maker(truth, generator), truth.collided if start is None else truth.unseen
     groups: dict[bool, list] = {True: [], False: []}
-    happen = {e.objects for e in truth.events if e.kind == "collision" and e.frame >= (start or 0)}
     pairs = [pair for pair in maker._pairs() if all(maker._can_be_named(i) for i in pair)]
     for k in generator.permutation(len(pairs)):
         groups[pairs[k] in happen].append(pairs[k])
@@ -429,8 +440,7 @@ def make_statements(
         return None
     options = [maker._pair_phrase(pair) for pair in chosen]
     if start is not None:
-        text = maker._pick(_NEXT)
-        return maker._question("predictive", text, ["unseen_events", "belong_to"], options)
+        return maker._question("predictive", maker._pick(_NEXT), ["unseen_events", "belong_to"], options)
     return maker._question("explanatory", "Which of the following happen?", ["events", "belong_to"], options)
 
 
