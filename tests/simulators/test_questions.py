@@ -288,6 +288,23 @@ def test_statements_are_pairs_of_which_half_collide_and_the_executor_agrees(trut
     assert len(make_statements(truth, np.random.default_rng(0), most=2)["choices"]) == 2
 
 
+def test_statements_about_what_happens_next_take_the_video_as_if_it_had_ended(truth):
+    question = make_statements(truth, np.random.default_rng(0), start=40)
+    assert question["question_type"] == "predictive" and "next" in question["question"]
+    told = {choice["choice"]: choice["answer"] for choice in question["choices"]}
+    assert list(told.values()) == ["correct", "wrong", "wrong"]
+    assert list(told)[0] == "The metal sphere and the rubber sphere collide"
+    assert list(told)[1] == "The red object and the rubber sphere collide"  # as before
+    assert answer_question(truth.until(40), question) == list(told.values())
+    assert make_statements(truth, np.random.default_rng(0), start=60) is None  # nothing collides any more
+    part = truth.until(40)
+    assert (
+        part.collided == {(RED, BLUE)} and part.unseen == {(BLUE, GREEN)} and part.unseen_frames == {(BLUE, GREEN): 50}
+    )
+    assert max(event.frame for event in part.events) < 40 and part.counterfactuals is None
+    assert truth.collided == {(RED, BLUE), (BLUE, GREEN)}  # as it was
+
+
 def test_questions_depend_on_the_generator_alone(generated):
     truth, questions, _ = generated[0]
     assert make_questions(truth, np.random.default_rng(0)) == questions

@@ -27,6 +27,7 @@ from cjepa_hf.training.aloe import (
     question_metrics,
     structure_positions,
     whiten_projection,
+    with_statements,
 )
 from cjepa_hf.training.arguments import config_arguments, config_overrides, parse_arguments
 from cjepa_hf.training.trainer import read_log
@@ -583,6 +584,27 @@ def test_objects_that_look_alike_and_frames_without_annotation_are_unknown(touch
     annotation["object_property"][1]["material"] = "metal"
     contacts = one_video(tmp_path / "alike", slots, annotation, SlotProbe.from_pretrained(touching))
     assert contacts.statements == {"video_00000": []}
+
+
+def test_statements_about_what_happens_next_are_about_observed_frames(touching):
+    dataset, observed, future = load_slot_dataset(touching / "slots", "train"), LENGTH - 2, 4
+    contacts = SlotContacts(
+        dataset, touching / "scenes", "train", SlotProbe.from_pretrained(touching), observed, statements=True,
+        num_future_frames=future,
+    )  # fmt: skip
+    frames = {index: touching_video(index)[1]["frame"] for index in range(200) if index % 4}
+    asked = {int(name[-5:]) for name, made in contacts.statements.items() if len(made) == 2}
+    assert asked == {index for index, frame in frames.items() if frame >= observed - future}
+    index = min(asked)
+    kinds = [question["question_type"] for question in contacts.statements[f"video_{index:05d}"]]
+    assert kinds == ["explanatory", "predictive"]
+
+    processor = AloeProcessor(num_frames=4, observed_frames=observed, min_imagined_frames=1)
+    real = {"question_id": 0, "question": "What will happen next?", "question_type": "predictive"}
+    real["choices"] = [{"choice_id": 0, "choice": "The red cube collides with the sphere", "answer": "correct"}]
+    scene = {"scene_index": index, "video_filename": f"video_{index:05d}.mp4", "questions": [real]}
+    questions = QuestionDataset(dataset, [with_statements(scene, contacts.statements)], processor)
+    assert questions.first_frame.tolist() == [LENGTH - observed, 0, 0]  # imagined frames are for the real one alone
 
 
 def contacts_command(root, output, *more: str) -> list[str]:
