@@ -291,11 +291,10 @@ def test_statements_are_pairs_of_which_half_collide_and_the_executor_agrees(trut
 def test_statements_about_what_happens_next_take_the_video_as_if_it_had_ended(truth):
     question = make_statements(truth, np.random.default_rng(0), start=40)
     assert question["question_type"] == "predictive" and "next" in question["question"]
-    told = {choice["choice"]: choice["answer"] for choice in question["choices"]}
-    assert list(told.values()) == ["correct", "wrong", "wrong"]
-    assert list(told)[0] == "The metal sphere and the rubber sphere collide"
-    assert list(told)[1] == "The red object and the rubber sphere collide"  # as before
-    assert answer_question(truth.until(40), question) == list(told.values())
+    first, second, third = question["choices"]
+    assert first["choice"] == "The metal sphere and the rubber sphere collide" and first["answer"] == "correct"
+    assert second["choice"] == "The red object and the rubber sphere collide"  # as before
+    assert answer_question(truth.until(40), question) == ["correct", "wrong", "wrong"] and third["answer"] == "wrong"
     assert make_statements(truth, np.random.default_rng(0), start=60) is None  # nothing collides any more
     part = truth.until(40)
     assert (
