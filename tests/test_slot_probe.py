@@ -1,5 +1,6 @@
 import pytest
 import torch
+from safetensors.torch import save
 
 from cjepa_hf.slot_probe import SlotProbe
 
@@ -100,6 +101,12 @@ def test_it_survives_saving(probe, tmp_path):
     assert (tmp_path / "slot_probe.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
     with pytest.raises(FileNotFoundError, match="holds no slot_probe"):
         SlotProbe.from_pretrained(tmp_path / "other")
+    whole = (tmp_path / "slot_probe.safetensors").read_bytes()
+    other = save({"weight": torch.zeros(2)}, {"attributes": "null"})
+    for content in (b"", b"garbage", whole[:-10], other, whole.replace(b"attributes", b"attribute5")):
+        (tmp_path / "slot_probe.safetensors").write_bytes(content)
+        with pytest.raises(ValueError, match="is no slot probe"):
+            SlotProbe.from_pretrained(tmp_path)
 
 
 def test_bad_input_is_refused(probe):

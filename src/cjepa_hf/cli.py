@@ -233,10 +233,14 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("video", help="video file, folder of pictures, .npy of frames or of slots [T, N, D]")
     sub.add_argument("question", help='in CLEVRER\'s words, such as "What will happen if the red cube is removed?"')
     sub.add_argument("options", nargs="*", help="of a multiple-choice question")
-    sub.add_argument("--model", required=True, help="folder or Hub id of an AloeForVideoQuestionAnswering")
+    sub.add_argument(
+        "--model",
+        help="folder or Hub id of an AloeForVideoQuestionAnswering (default: the shipped one, collisions_aloe)",
+    )
     sub.add_argument(
         "--world-model",
-        help="folder or Hub id of a CJepaModel, for predictive and counterfactual questions (collisions: the shipped one)",
+        help="folder or Hub id of a CJepaModel, for predictive and counterfactual questions (default of the shipped model: "
+        "the shipped one, collisions)",
     )
     _slot_arguments(sub)
     sub.add_argument("--question-type", choices=["descriptive", "explanatory", "predictive", "counterfactual"])
@@ -701,8 +705,10 @@ def answer(arguments, _) -> None:
 
     from cjepa_hf import AloeForVideoQuestionAnswering, AloeProcessor
 
-    folder = _model(arguments.model)
-    world_model = _model(arguments.world_model) if arguments.world_model else None
+    shipped = _model(None, "collisions_aloe")
+    folder, world_model = _model(arguments.model, "collisions_aloe"), arguments.world_model
+    if world_model or folder == shipped:  # what ships answers with the world model that ships
+        world_model = _model(world_model, "collisions")
     model = AloeForVideoQuestionAnswering.from_pretrained(folder, use_safetensors=True)
     ask = pipeline(
         "video-question-answering", model=model, processor=AloeProcessor.from_pretrained(folder),
@@ -732,6 +738,8 @@ def answer(arguments, _) -> None:
 
 
 def convert(arguments, _) -> None:
+    import shutil
+
     from cjepa_hf.data.extract import usual_image_processor
     from cjepa_hf.hub.convert import (
         config_file,
@@ -774,7 +782,12 @@ def convert(arguments, _) -> None:
     processor = usual_image_processor(getattr(model.config, "slot_encoder_config", None) or model.config)
     if processor is not None:
         files.setdefault("preprocessor_config.json", processor.to_json_string())
-    save_model_folder(model, output, files)
+    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    try:
+        save_model_folder(model, temporary, files)
+        os.replace(temporary, output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     size = sum(parameter.numel() for parameter in model.parameters())
     report = {"folder": str(output), "model_type": model.config.model_type, "num_parameters": size}
     print(json.dumps(report) if arguments.json else f"{type(model).__name__} ({size:,} parameters) in {output}")

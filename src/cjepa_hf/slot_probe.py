@@ -7,9 +7,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from transformers.utils import cached_file
 
 __all__ = ["SlotProbe"]
 
@@ -196,32 +203,58 @@ class SlotProbe:
         return folder / _FILE
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike, *, revision: str | None = None) -> "SlotProbe":
+    def from_pretrained(cls, name: str | os.PathLike, *, revision: str | None = None, **hub) -> "SlotProbe":
         """
-        Read it from a folder, or from a model repository on the Hub (at a branch, tag or commit). Raises
-        `FileNotFoundError` if there is none, `ValueError` if the file is something else.
+        Read it from a folder, or from a model repository on the Hub.
+
+        Args:
+            revision: branch, tag or commit on the Hub.
+            hub: `token`, `cache_dir`, `local_files_only` of `huggingface_hub.hf_hub_download`.
+
+        Raises `FileNotFoundError` if there is none, `ConnectionError` if the Hub does not say whether there is one, and
+        `ValueError` if the file is something else.
         """
-        path = Path(folder) / _FILE
-        if not Path(folder).is_dir():
-            try:
-                found = cached_file(str(folder), _FILE, revision=revision, _raise_exceptions_for_missing_entries=False)
-            except OSError as error:
-                raise FileNotFoundError(
-                    f"{folder} holds no {_FILE}: it is no folder, and the Hub gives none ({error})"
-                ) from error
-            path = path if found is None else Path(found)
+        path = Path(name) / _FILE
+        if not Path(name).is_dir():
+            path = _download(str(name), revision, hub)
         if not path.is_file():
-            raise FileNotFoundError(f"{folder} holds no {_FILE}: fit a SlotProbe and save it there")
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            metadata = file.metadata() or {}
+            raise FileNotFoundError(f"{name} holds no {_FILE}: fit a SlotProbe and save it there")
         try:
+            with safe_open(path, "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                metadata = file.metadata() or {}
             attributes = json.loads(metadata["attributes"])
             return cls(
                 tensors["weight"], tensors.get("empty_slot"), attributes, tensors["kinds"], tensors["kind_weight"]
             )
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError, SafetensorError) as error:
             raise ValueError(f"{path} is no slot probe ({error!r})") from error
+
+
+def _download(name: str, revision: str | None, hub: dict) -> Path:
+    """The file of a repository; errors as of [`SlotProbe.from_pretrained`]."""
+    try:
+        return Path(hf_hub_download(name, _FILE, revision=revision, **hub))
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise FileNotFoundError(f"{name} holds no {_FILE}: it is neither a folder nor a model on the Hub") from error
+    except EntryNotFoundError as error:
+        known = try_to_load_from_cache(name, _FILE, cache_dir=hub.get("cache_dir"), revision=revision)
+        if isinstance(error, LocalEntryNotFoundError) and known is not _CACHED_NO_EXIST:
+            raise _unknown(name, error) from error
+        raise FileNotFoundError(f"{name} holds no {_FILE}: fit a SlotProbe and publish it there") from error
+    except Exception as error:
+        if not isinstance(error, HfHubHTTPError) and type(error).__module__.split(".")[0] not in (
+            "httpx", "httpx2", "httpcore", "httpcore2",
+        ):  # fmt: skip
+            raise
+        raise _unknown(name, error) from error
+
+
+def _unknown(name: str, error: Exception) -> ConnectionError:
+    return ConnectionError(
+        f"whether {name} holds a {_FILE} is not known: the Hub did not say, and it is not among the files kept from there "
+        f"({type(error).__name__}: {str(error).splitlines()[0]}). Try again, or give the folder of a probe"
+    )
 
 
 def _discriminants(x: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -197,7 +197,7 @@ def test_the_command_compares_seeds_with_the_baselines(root, tmp_path, capsys):
     main(words)
     results = json.loads((tmp_path / "out.json").read_text())
     assert [row["kind"] for row in results["rows"]] == ["model", "model", "text-only", "majority"]
-    assert results["questions_hash"] == fingerprint(SCENES)  # what was asked, not only where it lay
+    assert results["scenes_hash"] == fingerprint(SCENES)  # what was asked, not only where it lay
     rates = [row["overall"]["rate"] for row in results["rows"][:2]]
     assert results["mean"]["model"]["overall"] == {
         "mean": pytest.approx(np.mean(rates)), "low": min(rates), "high": max(rates), "n": 2

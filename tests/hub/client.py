@@ -85,7 +85,7 @@ def train_and_push(folder):
     )
     words += " --eval_every 0 --save_every 1 --num_hidden_layers 1 --num_attention_heads 2 --intermediate_size 32"
     words += " --history_length 2 --push_to_hub --hub_model_id tester/trained"
-    leave_behind("tester/trained", "model", "model-00001-of-00002.safetensors", "pytorch_model.bin", "notes.txt")
+    leave_behind("tester/trained", "model", "slot_probe.safetensors", "pytorch_model.bin", "notes.txt")
     (folder / "trained").mkdir()
     (folder / "trained" / "mine.pkl").write_bytes(b"no business of the Hub's")
     return main([*words.split(), "--output_dir", str(folder / "trained")])

@@ -11,6 +11,7 @@ import shutil
 import sys
 import time
 import traceback
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -168,22 +169,25 @@ def load_probe(folder):
 
     def found(revision):
         net = CJepaModel.from_pretrained("tester/collisions", revision=revision)
-        probe = pipeline("counterfactual-rollout", model=net, device="cpu").probe
-        return None if probe is None else probe.fingerprint()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            probe = pipeline("counterfactual-rollout", model=net, device="cpu").probe
+        return None if probe is None else probe.fingerprint(), net.loaded_from["revision"]
 
-    alone = SlotProbe.from_pretrained("tester/collisions", revision="with-probe").fingerprint()
     return {
-        "with": [found("with-probe"), alone],
-        "without": found(None),
-        "message": message(SlotProbe.from_pretrained, "tester/collisions"),
+        "with": found("with-probe"),
+        "without": found("main"),
+        "alone": SlotProbe.from_pretrained("tester/collisions", revision="with-probe").fingerprint(),
+        "messages": {name: message(SlotProbe.from_pretrained, f"tester/{name}") for name in ("collisions", "code")},
     }
 
 
 def load_offline(folder):
-    from cjepa_hf import CJepaModel
+    from cjepa_hf import CJepaModel, SlotProbe
 
     net = CJepaModel.from_pretrained(f"galilai/{CLEVRER}")
-    return predicted(net), message(CJepaModel.from_pretrained, "tester/code"), load_probe(folder)
+    asked_first = message(SlotProbe.from_pretrained, "tester/stale")  # never before
+    return predicted(net), message(CJepaModel.from_pretrained, "tester/code"), load_probe(folder), asked_first
 
 
 def load_slots(folder):

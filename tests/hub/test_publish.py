@@ -115,6 +115,25 @@ def test_what_is_no_model_is_refused(tmp_path):
         publish(tmp_path, "a/b/c", dry_run=True)
 
 
+def a_probe(size=16, value=1.0):
+    slots = value * torch.randn(64, size, generator=torch.Generator().manual_seed(0))
+    return SlotProbe.fit(slots, present=torch.arange(64) < 32, positions=slots[:, :2], labels={}, attributes={})
+
+
+def test_a_probe_goes_with_its_model_and_one_of_no_use_is_refused(model):
+    a_probe().save_pretrained(model)
+    for with_code in (False, True):
+        assert "slot_probe.safetensors" in publish(model, "tester/world", dry_run=True, with_code=with_code)["files"]
+    a_probe(size=8).save_pretrained(model)
+    with pytest.raises(ValueError, match="reads slots of size 8, the model's have 16"):
+        publish(model, "tester/world", dry_run=True)
+    broken = a_probe()
+    broken.weight[0] = torch.nan
+    broken.save_pretrained(model)
+    with pytest.raises(ValueError, match="NaN"):
+        publish(model, "tester/world", dry_run=True)
+
+
 def test_code_goes_with_the_predictor_alone(model, tmp_path):
     report = publish(model, "tester/world", dry_run=True, with_code=True)
     assert {"configuration_cjepa.py", "modeling_cjepa.py", "model.safetensors"} <= set(report["files"])
@@ -198,15 +217,18 @@ def test_it_loads_by_name_branch_tag_and_pull_request(published, loaded):
 
 def check_probes(result):
     own = SlotProbe.from_pretrained(bundled_checkpoint("collisions")).fingerprint()
-    assert result["with"] == [own, own] and result["without"] is None
-    kind, text = result["message"]
-    assert kind == "FileNotFoundError" and "tester/collisions holds no slot_probe.safetensors" in text
+    assert result["with"][0] == own == result["alone"] and result["without"][0] is None
+    for name, (kind, text) in result["messages"].items():
+        assert kind == "FileNotFoundError" and f"tester/{name} holds no slot_probe.safetensors" in text
 
 
 def test_a_probe_is_published_and_found_with_its_model(hub, published, loaded):
     value(published, "publish_others")
     assert "slot_probe.safetensors" not in files(hub, "tester/collisions")  # on the tag alone
-    check_probes(value(loaded, "load_probe"))
+    result = value(loaded, "load_probe")
+    check_probes(result)
+    there = refs(hub, "tester/collisions")
+    assert result["with"][1] == there["tags"]["with-probe"] != there["branches"]["main"] == result["without"][1]
 
 
 @pytest.fixture(scope="module")
@@ -220,8 +242,9 @@ def offline(hub, published, loaded):
 
 
 def test_it_loads_without_a_network_from_the_cache(published, offline):
-    numbers, (kind, text), probes = value(offline[0], "load_offline")
+    numbers, (kind, text), probes, (unknown, why) = value(offline[0], "load_offline")
     check_probes(probes)
+    assert unknown == "ConnectionError" and "tester/stale holds a slot_probe.safetensors is not known" in why
     assert kind == "OSError" and "cached files" in text  # another one, never loaded there
     np.testing.assert_allclose(numbers, value(published, "publish_models")["predicted"][0], rtol=1e-5)
     assert offline[1] == ""

@@ -637,14 +637,23 @@ def test_contacts_are_learned_and_questions_are_trained_from_there(touching, tmp
     words += f"--questions {tmp_path}/train.json --init_model {tmp_path}/start --output_dir {tmp_path}/model "
     words += "--max_steps 3 --batch_size 8 --eval_every 0 --save_every 1 --warmup_steps 1 --log_every 1 "
     words += "--group_by_video true --statements true"
+    settings = read(tmp_path / "start" / "processor_config.json") | {"num_future_frames": 4}
+    (tmp_path / "start" / "processor_config.json").write_text(json.dumps(settings))
     main(words.split())
+    # what happens next is not asked beside questions about videos without imagined frames
     results = read(tmp_path / "model" / "training_results.json")
     assert results["training_questions"] == results["training_statements"] == 200
     alone = [str(tmp_path / "alone") if word == f"{tmp_path}/model" else word for word in words.split()]
     place = alone.index("--questions")
-    main([*alone[:place], *alone[place + 2 :]])
+    alone = [*alone[:place], *alone[place + 2 :]]
+    main(alone)
     results = read(tmp_path / "alone" / "training_results.json")
-    assert (results["training_questions"], results["training_statements"]) == (0, 200)
+    late = sum(index % 4 > 0 and touching_video(index)[1]["frame"] >= LENGTH - 4 for index in range(200))
+    assert (results["training_questions"], results["training_statements"]) == (0, 200 + late) and late
+    # nor does a run go on with other questions about as many videos
+    (tmp_path / "start" / "processor_config.json").write_text(json.dumps(settings | {"num_future_frames": 5}))
+    with pytest.raises(ValueError, match="was trained with data_fingerprint="):
+        main([*alone, "--max_steps", "4"])
     # a run does not go on without what it learned from
     kept = " ".join(words.replace("--max_steps 3", "--max_steps 4").split()).replace("--statements true", "")
     with pytest.raises(ValueError, match=r"contact_weight=0\.5, this run has 0\.0"):
@@ -698,6 +707,8 @@ def test_contacts_that_cannot_be_learned_say_why(touching, data, tmp_path):
         parse_arguments(AloeTrainArguments, [*base, "--contacts_only", "true"])
     with pytest.raises(ValueError, match="slot_neighbors=1: which slots are near is read by a probe"):
         main(command(data, tmp_path / "x", "--slot_neighbors", "1"))
+    more = ["--annotations", "x", "--slot_probe", "x", "--statements", "true", "--question_types", "predictive"]
+    parse_arguments(AloeTrainArguments, [*base, *more])
     with pytest.raises(ValueError, match="leaves statements out, which are explanatory"):
         parse_arguments(
             AloeTrainArguments,

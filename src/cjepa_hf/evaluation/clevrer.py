@@ -277,7 +277,7 @@ def evaluate_question_answering(
         "dataset": str(dataset),
         "split": split,
         "questions": str(questions),
-        "questions_hash": fingerprint(scenes),
+        "scenes_hash": fingerprint(scenes),
         "random_start": random_start,
         "videos_without_slots": len(missing),
         "imagined": settings

@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -162,8 +162,7 @@ def _operations(folder: Path, repo_id: str, with_code: bool) -> Iterator[tuple[s
         )
     _refuse_pickles(folder)
     model = checked_model(folder)
-    with suppress(FileNotFoundError):  # most have none
-        SlotProbe.from_pretrained(folder)
+    _check_probe(folder, model)
     if not with_code:
         if "auto_map" in json.loads((folder / "config.json").read_text()):
             raise ValueError(f"{folder}/config.json has an auto_map, for code: pass with_code (--with-code)")
@@ -191,6 +190,23 @@ def _contents(folder: Path, patterns: tuple[str, ...], repo_id: str) -> tuple[di
     if "README.md" not in contents:
         contents["README.md"] = card(folder, repo_id).encode()
     return contents, left_out
+
+
+def _check_probe(folder: Path, model) -> None:
+    """ValueError for a probe that would be of no use beside the model."""
+    try:
+        probe = SlotProbe.from_pretrained(folder)
+    except FileNotFoundError:  # most have none
+        return
+    if len(probe.weight) - 1 != model.config.slot_size:
+        raise ValueError(
+            f"{folder}/slot_probe.safetensors reads slots of size {len(probe.weight) - 1}, the model's have "
+            f"{model.config.slot_size}: fit one on slots of the model's encoder (`cjepa-hf probe`), or move it out of the folder"
+        )
+    if not all(part.isfinite().all() for part in (probe.weight, probe.kind_weight)):
+        raise ValueError(
+            f"{folder}/slot_probe.safetensors holds NaN or infinite values: fit it again (`cjepa-hf probe`)"
+        )
 
 
 def _refuse_pickles(folder: Path) -> None:
@@ -227,6 +243,6 @@ def _export_with_code(model, folder: Path, target: Path) -> None:
     classes = [f"{Path(name).stem}.{cls}" for name, cls in _CODE.items()]
     values["auto_map"] = dict(zip(("AutoConfig", "AutoModel"), classes))
     (target / "config.json").write_text(json.dumps(values, indent=2) + "\n")
-    for name in ("source.json", "LICENSE"):
+    for name in ("slot_probe.safetensors", "source.json", "LICENSE"):
         if (folder / name).is_file():
             shutil.copyfile(folder / name, target / name)

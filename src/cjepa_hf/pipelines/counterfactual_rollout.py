@@ -1,8 +1,8 @@
 """`pipeline("counterfactual-rollout")`: what happens next in a video, and what would without, or with another, object."""
 
-import contextlib
 import inspect
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -354,16 +354,30 @@ def video_slots(video, encoder, image_processor, config, *, seed: int = 0, strid
 
 
 def find_probe(probe, *models) -> SlotProbe | None:
-    """The probe given as an object, folder or Hub id, else the one beside the first model that has one, else None."""
+    """
+    The probe given as an object, folder or Hub id, else the one beside the first model that has one, else None. ValueError
+    for a probe of other slots.
+    """
+    models = [model for model in models if model is not None]
     if isinstance(probe, str | os.PathLike):
-        return SlotProbe.from_pretrained(probe)
-    if probe is not None:
-        return probe
-    for model in models:
-        if folder := getattr(getattr(model, "config", None), "_name_or_path", None):
-            with contextlib.suppress(FileNotFoundError):
-                return SlotProbe.from_pretrained(folder, revision=getattr(model, "revision", None))
-    return None
+        probe = SlotProbe.from_pretrained(probe)
+    for model in models if probe is None else ():
+        if origin := getattr(model, "loaded_from", None):
+            try:
+                probe = SlotProbe.from_pretrained(**origin)
+                break
+            except FileNotFoundError:
+                continue
+            except ConnectionError as error:  # most models have none: what needs no probe goes on
+                warnings.warn(str(error), stacklevel=2)
+    sizes = (getattr(getattr(model, "config", None), "slot_size", None) for model in models)
+    size = next((size for size in sizes if size is not None), None)
+    if probe is not None and size is not None and len(probe.weight) - 1 != size:
+        raise ValueError(
+            f"the probe reads slots of size {len(probe.weight) - 1}, the model's have {size}: give one that was fitted on "
+            "slots of the model's encoder"
+        )
+    return probe
 
 
 def find_slot(probe: SlotProbe | None, slots: torch.Tensor, words: str) -> int:

@@ -108,15 +108,6 @@ class VideoTruth:
                 f"the predictions do not belong to {self.name} or are no NS-DR file ({error!r})."
             ) from None
 
-    def until(self, frame: int) -> "VideoTruth":
-        """The same video as if it ended before `frame`: the collisions from then on are those that happen next."""
-        part = copy.copy(self)
-        late = {e.objects: e.frame for e in reversed(self.events) if e.kind == "collision" and e.frame >= frame}
-        part.unseen, part.unseen_frames, part.counterfactuals, part.unsure = set(late), late, None, {}
-        part.events = [event for event in self.events if event.frame < frame]
-        part.collided = {e.objects for e in part.events if e.kind == "collision"}
-        return part
-
     def moving(self, object_id: int, frame: int | None) -> bool | None:
         """Whether it moves (see above); None if it is not in view."""
         k = self._places[object_id]
@@ -425,7 +416,7 @@ def make_statements(
     those that collided before come first, and without one that collides it is None.
     """
     if start is not None:
-        truth = truth.until(start)
+        truth = _as_if_ended(truth, start)
     maker, happen = _Maker(truth, generator), truth.collided if start is None else truth.unseen
     groups: dict[bool, list] = {True: [], False: []}
     pairs = [pair for pair in maker._pairs() if all(maker._can_be_named(i) for i in pair)]
@@ -442,6 +433,19 @@ def make_statements(
     if start is not None:
         return maker._question("predictive", maker._pick(_NEXT), ["unseen_events", "belong_to"], options)
     return maker._question("explanatory", "Which of the following happen?", ["events", "belong_to"], options)
+
+
+def _as_if_ended(truth: VideoTruth, frame: int) -> VideoTruth:
+    """
+    Collisions before `frame` are those of the video, those from then on are what happens next, and what happens after them is
+    not known. Nothing else is cut: objects that enter later are still there to be asked about.
+    """
+    part = copy.copy(truth)
+    part.events = [event for event in truth.events if event.frame < frame]
+    part.collided = {event.objects for event in part.events if event.kind == "collision"}
+    part.unseen = {event.objects for event in truth.events if event.kind == "collision" and event.frame >= frame}
+    part.unseen_frames, part.counterfactuals, part.unsure = {}, None, {}
+    return part
 
 
 class _Maker:

@@ -10,6 +10,7 @@ attributes that annotations name objects by (`cjepa-hf probe` for the collision 
 """
 
 import copy
+import hashlib
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -108,7 +109,8 @@ class AloeTrainArguments(TrainArguments):
     statements: bool = HfArg(
         default=False,
         help="Ask two questions more about every annotated training video: which of some pairs of objects collide in it, and "
-        "which next, as if its end were not known. Without questions, these alone.",
+        "which next, as if its end were not known (not beside questions about videos without imagined frames). Without "
+        "questions, these alone.",
     )
 
     # > Parameters that control the model
@@ -191,7 +193,7 @@ class SlotContacts:
         probe: tells color, material and shape of slots, by which objects are found.
         observed_frames: of a video; later ones, and those after the end of the annotation, are unknown.
         statements: make them; they are drawn from a fixed seed.
-        num_future_frames: of the observed frames, what is asked to happen next in some statements.
+        num_future_frames: the last observed frames, about which some statements ask what happens next; 0: no such statements.
 
     Attributes:
         partner: int8 [E, observed_frames, N], the slot whose object the slot's object begins to touch in a frame; -1: none,
@@ -214,7 +216,7 @@ class SlotContacts:
         observed_frames: int,
         *,
         statements: bool = False,
-        num_future_frames: int = 32,
+        num_future_frames: int = 0,
     ):
         self.observed_frames = observed_frames
         self.statements: dict[str, list[dict[str, Any]]] = {}
@@ -277,7 +279,7 @@ class SlotContacts:
             if statements:
                 generator, start = np.random.default_rng([0, index]), observed_frames - num_future_frames
                 made = [make_statements(truth, generator)]
-                made += [make_statements(truth, generator, start=start)] if start > 0 else []
+                made += [make_statements(truth, generator, start=start)] if 0 < start < observed_frames else []
                 self.statements[names[episode]] = [{"question_id": STATEMENTS, **one} for one in made if one]
 
         if not self.found:
@@ -385,6 +387,7 @@ class QuestionDataset(VideoBatches):
 
     Attributes:
         scenes, questions: for each item its scene and its question, as in the file.
+        fingerprint: of what is asked about which videos, and the answers.
         missing_videos: names of videos with questions but without slots; their questions are left out.
 
     Raises `ValueError` for questions that are malformed, outside the vocabulary or too long (naming scene and question),
@@ -462,6 +465,8 @@ class QuestionDataset(VideoBatches):
         self.labels = np.array(labels, np.int64)
         self.episode, self.types = np.array(episode), np.array(types)
         self.first_frame = np.array(shifts)
+        parts = (self.counts, self.tokens, self.labels, self.episode, self.types, self.first_frame)
+        self.fingerprint = hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()[:16]
 
     def _encode(self, question: Mapping[str, Any]) -> tuple[np.ndarray, list[int]]:
         if question["question_type"] == "descriptive":
@@ -529,7 +534,7 @@ class QuestionsByVideo(torch.utils.data.Dataset):
     """The same batches with one item per scene: all of its questions. [`QuestionDataset`] gives one item per question."""
 
     def __init__(self, questions: QuestionDataset):
-        self.questions = questions
+        self.questions, self.fingerprint = questions, questions.fingerprint
         groups: dict[int, list[int]] = {}
         for index, scene in enumerate(questions.scenes):
             groups.setdefault(id(scene), []).append(index)
@@ -793,9 +798,10 @@ def main(argv: Sequence[str] | None = None) -> TrainResult:
     contacts = validation_contacts = None
     if args.annotations:
         known = (args.annotations, args.train_split, probe, processor.observed_frames)
-        contacts = SlotContacts(
-            slots, *known, statements=args.statements, num_future_frames=processor.num_future_frames
-        )
+        # next to questions about what happens after the same frames, they would be asked in the same words about others
+        apart = args.questions is None or imagination_settings(slots) is not None
+        future = processor.num_future_frames if apart else 0
+        contacts = SlotContacts(slots, *known, statements=args.statements, num_future_frames=future)
         if args.statements and scenes is None:
             scenes = [{"video_filename": name, "questions": made} for name, made in contacts.statements.items()]
         elif args.statements:
@@ -894,7 +900,7 @@ def model_card(model: AloeForVideoQuestionAnswering, args: AloeTrainArguments, r
     else:
         parts = [f"{results['training_questions']:,} questions ({args.question_types})"] if args.questions else []
         if args.statements:
-            parts.append(f"{results['training_statements']:,} statements about which pairs of objects collide")
+            parts.append(f"{results['training_statements']:,} more about which pairs of objects collide")
         learned = ", ".join([*parts, *(["contacts in the same videos"] if args.annotations else [])])
         batches = "videos" if args.group_by_video else "questions"
         validated = (

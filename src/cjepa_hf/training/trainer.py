@@ -75,7 +75,8 @@ def train(
 
     Args:
         train_dataset: map-style (batched `__getitems__` is used where there is one), or any iterable, which is
-            read in order, and again from its start when it ends (`set_epoch` is called where there is one).
+            read in order, and again from its start when it ends (`set_epoch` is called where there is one). A run is
+            resumed with data of the same length and the same `fingerprint`, where they have one, alone.
         eval_dataset: map-style, evaluated without gradients in eval mode; None: no evaluation.
         loss_fn: `loss_fn(model, batch) -> (loss, scalars)`. The loss is a mean over the samples of the batch, so
             that the gradient does not depend on how a batch is shared among processes and micro-batches; the scalars
@@ -115,11 +116,12 @@ def train(
     optimizers = make_optimizers(model, args, learning_rates)
     is_stream = isinstance(train_dataset, IterableDataset) or not hasattr(train_dataset, "__len__")
     data_length = None if is_stream else len(train_dataset)
+    fingerprint = getattr(train_dataset, "fingerprint", None)
     if data_length == 0:
         raise ValueError("the training data set is empty: is a window longer than every episode?")
     start, seconds, running, counts, metrics = 0, 0.0, {}, {}, {}
     if resumed_from is not None:
-        state, running = _load_checkpoint(resumed_from, model, optimizers, ema, args, data_length)
+        state, running = _load_checkpoint(resumed_from, model, optimizers, ema, args, data_length, fingerprint)
         start, seconds, counts, metrics = (state[key] for key in ("step", "seconds", "counts", "metrics"))
         running = {name: value.to(accelerator.device) for name, value in running.items()}
     log = _Log(output_dir / "log.jsonl", start, args, accelerator)
@@ -138,6 +140,7 @@ def train(
                 "counts": counts,
                 "metrics": metrics,
                 "data_length": data_length,
+                "data_fingerprint": fingerprint,
                 "arguments": asdict(args),
             }
             _save_checkpoint(checkpoints, state, model, optimizers, ema, running, args.save_total_limit)
@@ -719,14 +722,15 @@ def _save_checkpoint(folder, state, model, optimizers, ema, running, limit) -> N
         _remove(old)
 
 
-def _load_checkpoint(folder, model, optimizers, ema, args, data_length) -> tuple[dict, dict[str, Tensor]]:
+def _load_checkpoint(folder, model, optimizers, ema, args, data_length, fingerprint) -> tuple[dict, dict[str, Tensor]]:
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    before = {"data_length": state["data_length"], **state["arguments"]}
+    before = {name: state[name] for name in ("data_length", "data_fingerprint") if name in state} | state["arguments"]
     expected = {"data_length": data_length} | {name: getattr(args, name) for name in args.fixed_on_resume}
     config = getattr(model, "config", None)
     if hasattr(config, "from_pretrained"):  # of equal weights, a configuration may still mask or predict otherwise
         before |= {f"config.{name}": value for name, value in _own_fields(config.from_pretrained(folder)).items()}
         expected |= {f"config.{name}": value for name, value in _own_fields(config).items()}
+    expected["data_fingerprint"] = fingerprint  # last: whatever else differs says why these do
     for name, now in expected.items():
         if name in before and before[name] != now:
             raise ValueError(
@@ -904,7 +908,7 @@ def save_model_folder(model: nn.Module, folder: str | Path, files: Mapping[str, 
         weights = sorted(path.name for path in temporary.iterdir() if "safetensors" in path.name)
         for name in weights:  # safetensors makes files that their owner alone can read (its issue 782)
             shutil.copymode(temporary / "config.json", temporary / name)
-        for path in folder.glob("*.safetensors*"):
+        for path in folder.glob("model*.safetensors*"):  # a probe beside them stays
             path.unlink()
         for name in sorted(path.name for path in temporary.iterdir() if path.name not in weights) + weights:
             os.replace(temporary / name, folder / name)
@@ -1041,5 +1045,5 @@ def push_folder_to_hub(args: TrainArguments) -> str:
         commit_message="Trained model",
         allow_patterns=["*.safetensors", "*.json", "*.jsonl", "README.md", "LICENSE"],
         ignore_patterns=["*/*", ".*"],  # checkpoints and logs of trackers
-        delete_patterns=["model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin*"],
+        delete_patterns=["*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin*"],
     )

@@ -6,7 +6,9 @@ frame (slots, then proprioception, then action), H heads, E embedding size of an
 
 import functools
 import itertools
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,7 +21,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, cached_file, extract_commit_hash
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -452,7 +454,8 @@ _STATISTICS = ("action_mean", "action_std", "proprio_mean", "proprio_std")
 class SafePreTrainedModel(PreTrainedModel):
     """Base of the models: weights come from safetensors alone, and what cannot be loaded says why and what helps."""
 
-    revision: str | None = None  # of the repository it was loaded from, for the files beside its weights
+    # Arguments that give the files beside its weights: {"name": folder}, or those of a repository on the Hub; None if made here.
+    loaded_from: dict | None = None
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, use_safetensors: bool | None = True, **kwargs):
@@ -496,7 +499,7 @@ class SafePreTrainedModel(PreTrainedModel):
                         "arrived whole are kept."
                     ) from error
             raise
-        model.revision = kwargs.get("revision")
+        model.loaded_from = _origin(name, kwargs)
         if with_report:
             return model, report
         if missing := sorted(report["missing_keys"]):
@@ -506,6 +509,18 @@ class SafePreTrainedModel(PreTrainedModel):
                 "that were saved together; output_loading_info=True returns the model all the same, to train it."
             )
         return model
+
+
+def _origin(name, kwargs) -> dict:
+    """Where a model was loaded from, so that it is found again: an absolute path, or a repository at the very commit."""
+    if Path(name).is_dir():
+        return {"name": str(Path(name).resolve())}
+    hub = {key: kwargs[key] for key in ("token", "cache_dir", "local_files_only") if kwargs.get(key) is not None}
+    revision = kwargs.get("revision")
+    with suppress(OSError):  # asks nobody: the file has just been read
+        config = cached_file(name, "config.json", revision=revision, **{**hub, "local_files_only": True})
+        revision = extract_commit_hash(config, None) or revision
+    return {"name": str(name), "revision": revision, **hub}
 
 
 class SlotWorldModel(SafePreTrainedModel):
