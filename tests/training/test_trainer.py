@@ -13,6 +13,7 @@ from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from torch import nn
 
+from cjepa_hf import ColorIsaConfig, ColorIsaModel
 from cjepa_hf.training import trainer
 from cjepa_hf.training.arguments import TrainArguments
 from cjepa_hf.training.trainer import (
@@ -25,6 +26,7 @@ from cjepa_hf.training.trainer import (
     make_optimizers,
     micro_batch_slice,
     read_log,
+    save_model_folder,
     step_indices,
     train,
 )
@@ -323,6 +325,15 @@ def test_the_saved_weights_are_the_moving_average(tmp_path):
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, average[name])
         assert not torch.equal(parameter, own[name])
+
+
+def test_a_folder_written_again_keeps_a_probe_and_no_older_weights(tmp_path):
+    model = ColorIsaModel(ColorIsaConfig(num_slots=4, slot_size=16, hidden_size=16, mlp_size=16, stem_channels=8))
+    for name in ("model-00001-of-00002.safetensors", "slot_probe.safetensors"):
+        (tmp_path / name).write_bytes(b"before")
+    save_model_folder(model, tmp_path, {"README.md": "new"})
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"README.md", "config.json", "model.safetensors", "slot_probe.safetensors"}
 
 
 def test_ema_follows_its_definition():
