@@ -2,7 +2,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from cjepa_hf.slot_probe import SlotProbe
+from cjepa_hf.slot_probe import SlotProbe, in_words
 
 COLORS, SHAPES = ("gray", "red", "blue"), ("cube", "sphere")
 D = 12
@@ -107,6 +107,10 @@ def test_it_survives_saving(probe, tmp_path):
         (tmp_path / "slot_probe.safetensors").write_bytes(content)
         with pytest.raises(ValueError, match="is no slot probe"):
             SlotProbe.from_pretrained(tmp_path)
+
+
+def test_an_object_is_called_as_one_says_it():
+    assert in_words({"shape": "cube", "color": "red", "material": "metal"}) == "red metal cube"
 
 
 def test_bad_input_is_refused(probe):

@@ -173,7 +173,7 @@ class SlotProbe:
         objects = self.describe(slots)
         fits = [k for k, found in enumerate(objects) if found is not None and wanted.items() <= found.items()]
         if len(fits) != 1:
-            here = ", ".join(f"{' '.join(found.values())} (slot {k})" for k, found in enumerate(objects) if found)
+            here = ", ".join(f"{in_words(found)} (slot {k})" for k, found in enumerate(objects) if found)
             how_many = "no object" if not fits else f"{len(fits)} objects"
             raise ValueError(f'{how_many} of the video fit "{words}"; it shows {here or "none"}')
         return fits[0]
@@ -229,6 +229,11 @@ class SlotProbe:
             )
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError, SafetensorError) as error:
             raise ValueError(f"{path} is no slot probe ({error!r})") from error
+
+
+def in_words(found: Mapping[str, str]) -> str:
+    """What [`SlotProbe.describe`] tells of an object, as one says it: the shape comes last."""
+    return " ".join(found[name] for name in sorted(found, key=lambda name: name == "shape"))
 
 
 def _download(name: str, revision: str | None, hub: dict) -> Path:

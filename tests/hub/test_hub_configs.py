@@ -24,7 +24,12 @@ KEYS = json.loads((ROOT / "tests" / "data" / "original_keys.json").read_text())
 ENTRIES = hub_configs()
 SLOTS = [name for name in ENTRIES if name.endswith("-slots")]
 MODELS = [name for name in ENTRIES if name not in SLOTS]
-OWN = {"cjepa-pusht-small": "push_t", "cjepa-collisions-small": "collisions"}  # and the names they ship under
+# and the names they ship under
+OWN = {
+    "cjepa-pusht-small": "push_t",
+    "cjepa-collisions-small": "collisions",
+    "aloe-collisions-small": "collisions_aloe",
+}
 RELEASED = [name for name in MODELS if name not in OWN]
 
 

@@ -17,6 +17,7 @@ def bundled_checkpoint(name: str = "push_t") -> Path:
 
     "push_t": a C-JEPA world model of Push-T with its slot encoder and image processor (see its README.md).
     "collisions": one of the collision world, which takes no actions, with its slot encoder, image processor and slot probe.
+    "collisions_aloe": an ALOE with its processor, which answers questions about slots of that encoder.
     """
     if name not in bundled_names():
         raise ValueError(f"no bundled checkpoint {name!r}; expected one of {bundled_names()}.")

@@ -29,7 +29,7 @@ from cjepa_hf.imagination import (
 )
 from cjepa_hf.models.cjepa import CJepaModel
 from cjepa_hf.models.savi import SaviModel
-from cjepa_hf.slot_probe import SlotProbe
+from cjepa_hf.slot_probe import SlotProbe, in_words
 
 from .goal_planning import _default_image_processor
 
@@ -276,7 +276,7 @@ class CounterfactualRolloutPipeline(Pipeline):
                 row = {"slot": slot, "from_frame": start + int(result.affected_from[0, index, slot])}
                 row["largest_effect"] = float(largest[slot])
                 if objects is not None:
-                    row["object"] = objects[slot] and " ".join(objects[slot].values())
+                    row["object"] = objects[slot] and in_words(objects[slot])
                 affected.append(row)
             affected.sort(key=lambda row: -row["largest_effect"])
             reports.append({"intervention": given, "affected": affected})

@@ -11,6 +11,7 @@ from cjepa_hf.imagination import extend_video, remove_object
 from cjepa_hf.models.aloe import AloeForVideoQuestionAnswering, AloeProcessor
 from cjepa_hf.models.cjepa import CJepaModel
 from cjepa_hf.question_videos import described_objects, first_imagined_frame, question_type_of, removed_object
+from cjepa_hf.slot_probe import in_words
 
 from .counterfactual_rollout import find_probe, find_slot, video_slots
 from .goal_planning import _default_image_processor
@@ -234,7 +235,7 @@ class VideoQuestionAnsweringPipeline(Pipeline):
                 name = names and names[int(gone[row])]
                 removed[i] = {
                     "slot": int(gone[row]),
-                    "object": name and " ".join(name.values()),
+                    "object": name and in_words(name),
                     "branch": int(first[row]),
                 }
             videos.extend(without)
