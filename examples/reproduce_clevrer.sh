@@ -92,6 +92,10 @@ for step in $steps; do
       python -m cjepa_hf.evaluation.clevrer "$out/${step%answers}aloe" --text_only "$out/aloe_text_only" \
         --dataset "$out/${step%answers}question_videos" --split test --questions "$out/scenes/questions/test.json" \
         --training_questions "$out/scenes/questions/train.json" --output "$out/$step.json"
+      seen=slots  # what it answers where nothing is imagined
+      if [[ $step == pixel_* ]]; then seen=pixel_question_slots; fi
+      python -m cjepa_hf.evaluation.clevrer "$out/${step%answers}aloe" --dataset "$out/$seen" --split test \
+        --questions "$out/scenes/questions/test.json" --output "$out/${step}_observed.json"
       ;;
     *) echo "unknown step $step" >&2; exit 2 ;;
   esac

@@ -255,6 +255,8 @@ def _limits(config: Mapping, source: Mapping) -> list[str]:
             "hardly hide each other, and move by less than a radius per frame: give it every frame."
         )
     if kind == "aloe":
+        if "encoder" in source:
+            limits.append(f"It takes slots of `{source['encoder']}`; those of another encoder mean nothing to it.")
         limits.append("It knows the words and answers of CLEVRER alone.")
     return limits
 
