@@ -6,7 +6,8 @@
 
 A cell is a variant, a budget (1x is --steps) and a seed. It is trained (an interrupted training continues), evaluated on the
 frozen protocol cf-rollout, also with one object's history hidden, and leaves `results.json` in its folder: the same command
-goes on with what is missing. The table is made from these files alone and names the cells that are missing.
+goes on with what is missing. The table is made from these files alone and names the cells that are missing. Those measured so
+far are in `benchmarks/results/masking`.
 """
 
 import argparse
