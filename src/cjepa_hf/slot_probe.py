@@ -18,6 +18,8 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from .models.cjepa.modeling_cjepa import is_broken_connection
+
 __all__ = ["SlotProbe"]
 
 _FILE = "slot_probe.safetensors"
@@ -248,9 +250,7 @@ def _download(name: str, revision: str | None, hub: dict) -> Path:
             raise _unknown(name, error) from error
         raise FileNotFoundError(f"{name} holds no {_FILE}: fit a SlotProbe and publish it there") from error
     except Exception as error:
-        if not isinstance(error, HfHubHTTPError) and type(error).__module__.split(".")[0] not in (
-            "httpx", "httpx2", "httpcore", "httpcore2",
-        ):  # fmt: skip
+        if not isinstance(error, HfHubHTTPError) and not is_broken_connection(error):
             raise
         raise _unknown(name, error) from error
 

@@ -19,6 +19,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..data.slots import METADATA_FILE, check_local_files
 from ..models.checks import checked_model
+from ..models.cjepa.modeling_cjepa import is_broken_connection
 from ..slot_probe import SlotProbe
 from .cards import card
 
@@ -136,7 +137,7 @@ def _explained(repo_id: str) -> Iterator[None]:
     except OSError:
         raise
     except Exception as error:
-        if type(error).__module__.split(".")[0] not in ("httpx", "httpx2", "httpcore", "httpcore2", "requests"):
+        if not is_broken_connection(error):
             raise
         raise ConnectionError(
             f"the upload to {repo_id} broke off ({type(error).__name__}: {error}); nothing in the repository has changed. "

@@ -493,7 +493,7 @@ class SafePreTrainedModel(PreTrainedModel):
                     "login`), or correct HF_TOKEN or token=; a public model needs none (token=False)."
                 ) from error
             for broken in (error, cause):  # huggingface_hub's client, whose errors transformers may wrap
-                if type(broken).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2"):
+                if is_broken_connection(broken):
                     raise ConnectionError(
                         f"the download of {name} broke off ({type(broken).__name__}: {broken}). Call again: files that "
                         "arrived whole are kept."
@@ -509,6 +509,11 @@ class SafePreTrainedModel(PreTrainedModel):
                 "that were saved together; output_loading_info=True returns the model all the same, to train it."
             )
         return model
+
+
+def is_broken_connection(error: BaseException | None) -> bool:
+    """Whether an error comes from the client that huggingface_hub talks to the Hub with; its errors have no base of their own."""
+    return type(error).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2", "requests")
 
 
 def _origin(name, kwargs) -> dict:
