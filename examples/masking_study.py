@@ -141,18 +141,18 @@ def tabulate(folder: Path, wanted: Iterable[tuple[str, str, int]]) -> dict[str, 
 
 
 def print_table(table: dict[str, Any]) -> None:
-    print(f"{'':<26}" + "".join(f"{name:<24}" for name in COLUMNS))
+    print(f"{'':<26}" + "".join(f"{name:<28}" for name in COLUMNS))
     for row in table["rows"]:
         line = f"{row['variant'] + ' ' + row['budget']:<26}"
         for name in COLUMNS:
             value = row[name]
             text = "-" if value["mean"] is None else f"{value['mean']:.3f}"
             text += f" [{value['low']:.3f}, {value['high']:.3f}]" if "low" in value else ""
-            line += f"{text + ' n=' + str(value['n']):<24}"
+            line += f"{text + ' n=' + str(value['n']):<28}"
         print(line)
     for row in table["controls"]:
         cells = (f"{row[name]:.3f}" if row.get(name) is not None else "-" for name in COLUMNS)
-        print(f"{row['name']:<26}" + "".join(f"{cell:<24}" for cell in cells))
+        print(f"{row['name']:<26}" + "".join(f"{cell:<28}" for cell in cells))
     if table["missing"]:
         print(f"\nmissing cells ({len(table['missing'])}): {', '.join(table['missing'])}")
 
