@@ -260,3 +260,42 @@ def test_what_cannot_be_planned_is_refused(tiny_model):
         RolloutCost(tiny_model, cost, slots, goal * torch.nan, proprio=proprio)
     with pytest.raises(ValueError, match="training mode"):
         RolloutCost(CJepaModel(tiny_model.config).train(), cost, slots, goal, proprio=proprio)
+
+
+# ---------------------------------------------------------------------------------------------------- with gradient
+
+
+@pytest.mark.parametrize("frames", [1, 2])
+@pytest.mark.parametrize("match_slots", [False, True])
+def test_gradients_of_a_plans_cost_are_those_of_small_changes(tiny_model, frames, match_slots):
+    cost, actions = tiny_cost(tiny_model, frames=frames, match_slots=match_slots)
+    costs, gradient = cost.with_gradient(actions)
+    torch.testing.assert_close(costs, cost(actions))
+    assert gradient.shape == actions.shape and not costs.requires_grad
+    direction = torch.randn(actions.shape, generator=torch.Generator().manual_seed(3)) * 1e-2
+    change = (cost(actions + direction) - cost(actions - direction)) / 2
+    torch.testing.assert_close((gradient * direction).sum((2, 3)), change, rtol=0.02, atol=1e-5)
+
+
+def test_gradients_do_not_depend_on_the_chunks(tiny_model):
+    costs, gradient = tiny_cost(tiny_model)[0].with_gradient(actions := tiny_cost(tiny_model)[1])
+    for options in ({"max_candidates_per_chunk": 3}, {"max_memory": 2**20}):
+        again = tiny_cost(tiny_model, **options)[0].with_gradient(actions)
+        torch.testing.assert_close(again, (costs, gradient))
+
+
+def test_gradients_pass_by_slots_that_an_encoder_made_in_inference_mode(tiny_model):
+    cost, actions = tiny_cost(tiny_model)
+    with torch.inference_mode():
+        slots, goal_slots, proprio = cost.slots + 0, cost.goal_slots + 0, cost.proprio + 0
+    cost = RolloutCost(tiny_model, SlotGoalCost(), slots, goal_slots, proprio=proprio)
+    assert cost.with_gradient(actions)[1].abs().sum() > 0
+
+
+def test_an_objective_without_gradient_is_named(tiny_model):
+    def blind(slots, *others):
+        return slots.detach().square().mean((2, 3, 4))
+
+    cost, actions = tiny_cost(tiny_model, objective=blind)
+    with pytest.raises(ValueError, match=r"blind.* passes no gradient on, which CEMGDPlanner needs"):
+        cost.with_gradient(actions)

@@ -3,13 +3,14 @@ import math
 import pytest
 import torch
 
-from cjepa_hf.planning import CEMPlanner, ICEMPlanner, MPPIPlanner
-from cjepa_hf.planning.planners import colored_noise
+from cjepa_hf.planning import CEMGDPlanner, CEMPlanner, ICEMPlanner, MPPIPlanner
+from cjepa_hf.planning.planners import colored_noise, cost_and_gradient
 
 PLANNERS = [
     CEMPlanner(num_samples=200, num_iterations=12, num_elites=20),
     ICEMPlanner(num_samples=200, num_iterations=20, num_elites=20),
     MPPIPlanner(num_samples=200, num_iterations=20, num_elites=30),
+    CEMGDPlanner(num_samples=100, num_iterations=4, num_gradient_steps=16, learning_rate_decay=0.95),
 ]
 TARGETS = torch.tensor([[0.5, -1.0], [1.0, 0.3], [-0.7, 0.0]])
 
@@ -33,7 +34,8 @@ class TestEveryPlanner:
         assert output.actions.shape == (3, 4, 2)
         assert (output.actions - TARGETS[:, None]).abs().max() < 0.25
         assert output.cost.max() < 0.01
-        assert output.history.shape == (planner.num_iterations, 3)
+        steps = planner.num_iterations + getattr(planner, "num_gradient_steps", 0)
+        assert output.history.shape == (steps, 3)
         assert (output.history[-1] < output.history[0] / 10).all()
 
     def test_reports_the_cost_of_the_plan_it_returns(self, planner):
@@ -162,7 +164,7 @@ def test_icem_colors_noise_over_raw_steps_inside_blocks():
         planner._noise(4, (1, 5, 9), None)
 
 
-@pytest.mark.parametrize("kind", [CEMPlanner, ICEMPlanner, MPPIPlanner])
+@pytest.mark.parametrize("kind", [CEMPlanner, ICEMPlanner, MPPIPlanner, CEMGDPlanner])
 def test_held_steps_search_one_value_for_all_raw_actions_of_a_block(kind):
     planner = kind(num_samples=200, num_iterations=12, num_elites=20, held_steps=5)
     output = plan(planner, lambda actions: distance_to_targets(actions.unflatten(3, (5, 2)).mean(3)), action_size=10)
@@ -173,6 +175,40 @@ def test_held_steps_search_one_value_for_all_raw_actions_of_a_block(kind):
         plan(planner, action_size=9)
     with pytest.raises(ValueError, match="held_steps must be at least 1"):
         kind(held_steps=0)
+
+
+def test_gradient_steps_lower_the_cost_that_a_short_search_reaches():
+    short = plan(CEMPlanner(num_samples=64, num_iterations=3, num_elites=8))
+    output = plan(CEMGDPlanner(num_samples=64, num_iterations=3, num_elites=8))
+    assert torch.equal(output.history[:3], short.history)  # the search is the same, and goes first
+    assert (output.cost < short.cost / 4).all()
+
+
+def test_gradient_steps_never_give_a_worse_plan_than_the_search():
+    planner = CEMGDPlanner(num_samples=64, num_iterations=3, learning_rate=100.0, learning_rate_decay=1.0)
+    short = plan(CEMPlanner(num_samples=64, num_iterations=3, num_elites=8))
+    assert torch.equal(plan(planner).actions, short.actions)
+
+
+def test_a_cost_without_gradient_is_refused_by_the_planner_that_needs_one():
+    with pytest.raises(ValueError, match="has no gradient, which CEMGDPlanner needs: plan with CEMPlanner"):
+        plan(CEMGDPlanner(), lambda actions: distance_to_targets(actions.detach()))
+
+
+def test_candidates_without_finite_cost_or_gradient_stay_where_they_are():
+    def cost_fn(actions):
+        cost = distance_to_targets(actions)
+        return torch.stack(
+            [cost[:, 0] * math.nan, cost[:, 1], cost[:, 2] + 0 * actions[:, 2, 0, 0].sub(1).sqrt()], dim=1
+        )
+
+    candidates = torch.zeros(3, 3, 4, 2)
+    candidates[:, 2, 0, 0] = 1.0  # the square root is 0, its slope infinite
+    costs, gradient = cost_and_gradient(cost_fn, candidates)
+    assert costs[:, 0].isinf().all() and costs[:, 1:].isfinite().all() and gradient.isfinite().all()
+    assert (gradient[:, 0] == 0).all() and (gradient[:, 2, 0, 0] == 0).all()
+    expected = (candidates - TARGETS[:, None, None]) * 2 / 8
+    torch.testing.assert_close(gradient[:, 1], expected[:, 1])
 
 
 def test_mppi_does_not_depend_on_the_scale_of_the_cost():
@@ -193,6 +229,10 @@ def test_mppi_does_not_depend_on_the_scale_of_the_cost():
         (lambda: ICEMPlanner(sample_decay=0.5), "sample_decay"),
         (lambda: MPPIPlanner(temperature=0), "temperature"),
         (lambda: MPPIPlanner(std_decay=1.5), "std_decay"),
+        (lambda: CEMGDPlanner(num_gradient_plans=10), "num_gradient_plans must be between 1 and num_elites \\+ 1 = 9"),
+        (lambda: CEMGDPlanner(num_gradient_steps=0), "num_gradient_steps"),
+        (lambda: CEMGDPlanner(learning_rate=0), "learning_rate"),
+        (lambda: CEMGDPlanner(learning_rate_decay=2), "learning_rate_decay"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(make, message):

@@ -14,14 +14,14 @@ from cjepa_hf.evaluation.push_t import run_baseline, run_policy, select_tasks, s
 from cjepa_hf.models.cjepa import SlotWorldModel
 from cjepa_hf.planning.costs import SlotGoalCost
 from cjepa_hf.planning.mpc import MPCPolicy, default_policy
-from cjepa_hf.planning.planners import CEMPlanner
+from cjepa_hf.planning.planners import CEMGDPlanner, CEMPlanner, sampling_planner, sampling_replanner
 
 
 def make_policy(model: SlotWorldModel, text: str, *, image_processor=None, seed: int = 0) -> MPCPolicy:
     """
-    The policy that a name describes: "default" ([`default_policy`]), "paper" (the paper's CEM, receding horizon, windows
-    of the full history, slots matched throughout, patches never), or "cem:SAMPLESxITERATIONS:ELITES" (the default with
-    another CEM); "/receding", "/shrinking", "/window=W" and (with cem) "/held=STEPS" override single settings.
+    The policy that a name describes: "default" ([`default_policy`]), "sampling" (the same with [`sampling_planner`], which
+    needs no gradient), "paper" (the paper's CEM, receding horizon, windows of the full history, slots matched throughout,
+    patches never), or "cem:SAMPLESxITERATIONS:ELITES" (the default with another CEM); "/receding", "/shrinking", "/window=W" and (with cem) "/held=STEPS" override single settings.
     """
     name, *changes = text.split("/")
     options: dict[str, Any] = {}
@@ -29,11 +29,13 @@ def make_policy(model: SlotWorldModel, text: str, *, image_processor=None, seed:
         matched = getattr(model.config, "token_type", "slots") == "slots"
         options = {"planner": CEMPlanner(), "cost": SlotGoalCost(match_slots=matched), "schedule": "receding"}
         options |= {"match_slots": matched, "window": None}
+    elif name == "sampling":
+        options = {"planner": sampling_planner(model.config.frame_skip), "replanner": sampling_replanner()}
     elif name != "default":
         match = re.fullmatch(r"cem:(\d+)x(\d+):(\d+)", name)
         if match is None:
             raise ValueError(
-                f"planner {text!r}: expected default, paper or cem:SAMPLESxITERATIONS:ELITES (cem:60x5:10)."
+                f"planner {text!r}: expected default, sampling, paper or cem:SAMPLESxITERATIONS:ELITES (cem:60x5:10)."
             )
         samples, iterations, elites = map(int, match.groups())
         options["planner"] = CEMPlanner(num_samples=samples, num_iterations=iterations, num_elites=elites)
@@ -127,7 +129,11 @@ def evaluate_push_t(
         for name in ("replay", "random", "no-op"):
             add(name, 0, run_baseline(name, frozen, num_tasks=num_tasks))
     if simulator_tasks:
-        like = make_policy(net, planners[0])
+        name = planners[0]
+        like = make_policy(net, name)
+        if isinstance(like.planner, CEMGDPlanner):  # the simulator has no gradients
+            name = "sampling"
+            like = make_policy(net, name)
         policy = simulator_policy(
             net.action_mean.cpu(),
             net.action_std.cpu(),
@@ -138,7 +144,7 @@ def evaluate_push_t(
             generator=torch.Generator().manual_seed(seeds[0]),
         )
         run = run_policy(policy, frozen, num_tasks=simulator_tasks, progress=progress)
-        add(f"true simulator, {planners[0]}", seeds[0], run)
+        add(f"true simulator, {name}", seeds[0], run)
     return results
 
 

@@ -12,10 +12,18 @@ from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPI
 
 from cjepa_hf.models.cjepa import SlotWorldModel
 from cjepa_hf.models.color_isa import ColorIsaModel
-from cjepa_hf.planning import CEMPlanner, ICEMPlanner, MPPIPlanner, SlotGoalCost, default_planner, default_policy
+from cjepa_hf.planning import (
+    CEMGDPlanner,
+    CEMPlanner,
+    ICEMPlanner,
+    MPPIPlanner,
+    SlotGoalCost,
+    default_planner,
+    default_policy,
+)
 from cjepa_hf.planning.mpc import needs_matching
 
-_PLANNERS = {"cem": CEMPlanner, "icem": ICEMPlanner, "mppi": MPPIPlanner}
+_PLANNERS = {"cem": CEMPlanner, "cem-gd": CEMGDPlanner, "icem": ICEMPlanner, "mppi": MPPIPlanner}
 _FORWARD_PARAMETERS = (
     "horizon",
     "planner",

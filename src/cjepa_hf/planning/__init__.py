@@ -2,9 +2,20 @@
 
 from .costs import RolloutCost, SlotGoalCost
 from .mpc import MPCPlan, MPCPolicy, default_policy
-from .planners import CEMPlanner, ICEMPlanner, MPPIPlanner, PlannerOutput, default_planner, default_replanner
+from .planners import (
+    CEMGDPlanner,
+    CEMPlanner,
+    ICEMPlanner,
+    MPPIPlanner,
+    PlannerOutput,
+    default_planner,
+    default_replanner,
+    sampling_planner,
+    sampling_replanner,
+)
 
 __all__ = [
+    "CEMGDPlanner",
     "CEMPlanner",
     "ICEMPlanner",
     "MPCPlan",
@@ -16,4 +27,6 @@ __all__ = [
     "default_planner",
     "default_policy",
     "default_replanner",
+    "sampling_planner",
+    "sampling_replanner",
 ]

@@ -1,7 +1,7 @@
 """What a plan costs: objectives on imagined slots, and the rollout that imagines them for every candidate."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -158,11 +158,14 @@ class RolloutCost:
         dtype, device = model.dtype, model.device
 
         def move(value):
-            return None if value is None else value.to(device=device, dtype=dtype)
+            if value is None:
+                return None
+            value = value.to(device=device, dtype=dtype)
+            return value.clone() if value.is_inference() else value  # no gradient passes by tensors of inference mode
 
         self.slots, self.goal_slots, self.proprio = move(slots), move(goal_slots), move(proprio)
         self.past_actions = move(past_actions)
-        with torch.inference_mode():
+        with torch.no_grad():
             self.goal_proprio_embeddings = None if goal_proprio is None else model.embed_proprio(move(goal_proprio))
         if max_candidates_per_chunk is not None and max_candidates_per_chunk < 1:
             raise ValueError(f"max_candidates_per_chunk must be at least 1, got {max_candidates_per_chunk}")
@@ -174,6 +177,7 @@ class RolloutCost:
                 f"max_memory={max_memory} bytes is less than one candidate needs (about {self._candidate_bytes()})"
             )
         self.chunk_size = int(min(affordable, max_candidates_per_chunk or affordable))
+        self.max_memory = max_memory
 
     def _candidate_bytes(self) -> int:
         """Activations alive at once in one layer of the predictor, plus the frames a rollout keeps, per candidate."""
@@ -186,28 +190,50 @@ class RolloutCost:
     @torch.inference_mode()
     def __call__(self, actions: torch.Tensor) -> torch.Tensor:
         """[B, S, H, A] normalised actions -> [B, S] float32 costs."""
-        batch, samples = actions.shape[:2]
+        costs = actions.new_empty(actions.shape[:2], dtype=torch.float32)
+        for rows, samples in self._chunks(actions, self.chunk_size):
+            costs[rows, samples] = self._chunk(rows, actions[rows, samples])
+        return costs
+
+    def with_gradient(self, actions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[B, S, H, A] normalised actions -> [B, S] float32 costs, and the gradient of each, [B, S, H, A]."""
+        # all layers of all steps are kept until the gradient has passed by them
+        kept = self._candidate_bytes() * self.model.config.num_hidden_layers * actions.shape[2]
+        costs, gradient = actions.new_empty(actions.shape[:2], dtype=torch.float32), torch.empty_like(actions)
+        for rows, samples in self._chunks(actions, max(1, min(self.chunk_size, self.max_memory // kept))):
+            with torch.enable_grad():
+                part = actions[rows, samples].detach().clone().requires_grad_()
+                cost = self._chunk(rows, part)
+                if not cost.requires_grad:
+                    raise ValueError(
+                        f"{self.objective} passes no gradient on, which CEMGDPlanner needs: plan with CEMPlanner, ICEMPlanner "
+                        "or MPPIPlanner"
+                    )
+                (gradient[rows, samples],) = torch.autograd.grad(cost.sum(), part)
+            costs[rows, samples] = cost.detach()
+        return costs, gradient
+
+    def _chunks(self, actions: torch.Tensor, size: int) -> Iterator[tuple[slice, slice]]:
+        """(tasks, samples) of chunks: whole tasks while one fits, else equal parts of one, as a small rest costs as much."""
+        batch, count = actions.shape[:2]
         if batch != self.slots.shape[0]:
             raise ValueError(f"{batch} tasks in actions, {self.slots.shape[0]} in the observation")
-        # Whole tasks while one fits, else parts of one task; equal parts, because the last small one costs as much.
-        tasks = max(self.chunk_size // samples, 1)
-        parts = math.ceil(samples / self.chunk_size)
-        costs = []
+        tasks, parts = max(size // count, 1), math.ceil(count / size)
         for start in range(0, batch, tasks):
-            rows = slice(start, start + tasks)
-            costs.append(
-                torch.cat([self._chunk(rows, part) for part in actions[rows].tensor_split(parts, dim=1)], dim=1)
-            )
-        return torch.cat(costs)
+            for part in range(parts):
+                yield slice(start, start + tasks), slice(count * part // parts, count * (part + 1) // parts)
 
     def _chunk(self, rows: slice, actions: torch.Tensor) -> torch.Tensor:
-        output = self.imagine(actions, rows)
+        output = self._imagine(actions, rows)
         goal_proprio = None if self.goal_proprio_embeddings is None else self.goal_proprio_embeddings[rows]
         return self.objective(output.slots, output.proprio_embeddings, self.goal_slots[rows], goal_proprio)
 
     @torch.inference_mode()
     def imagine(self, actions: torch.Tensor, rows: slice = slice(None)) -> CJepaRolloutOutput:
         """The model's rollout of candidates [B, S, H, A] for the tasks `rows`: slots [B, S, H, N, D]."""
+        return self._imagine(actions, rows)
+
+    def _imagine(self, actions: torch.Tensor, rows: slice) -> CJepaRolloutOutput:
         actions = actions.to(device=self.model.device, dtype=self.model.dtype)
         horizon = actions.shape[2]
         if self.past_actions is not None:

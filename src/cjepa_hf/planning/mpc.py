@@ -12,7 +12,14 @@ import torch
 from cjepa_hf.models.cjepa import SlotWorldModel
 
 from .costs import Objective, RolloutCost, SlotGoalCost
-from .planners import CEMPlanner, CostFn, default_planner, default_replanner
+from .planners import (
+    CEMPlanner,
+    CostFn,
+    default_planner,
+    default_replanner,
+    sampling_planner,
+    sampling_replanner,
+)
 
 # Batched over tasks, in environment units: "slots" [B, N, D], or "pixels" (uint8 [B, H, W, 3] or a list of images), or
 # "pixel_values" [B, 3, H, W] as an image processor returns them; "proprio" [B, P]; whatever else `make_cost` reads.
@@ -56,7 +63,7 @@ class MPCPolicy:
     Args:
         model: a [`CJepaModel`] or [`DinoWmModel`] with action statistics (and proprioception statistics if it takes any).
             May be left out when `make_cost`, `frame_skip`, `action_mean` and `action_std` are given.
-        planner: see `cjepa_hf.planning.planners` (`default_planner` without).
+        planner: see `cjepa_hf.planning.planners`. Without, `default_planner`, or `sampling_planner` if `make_cost` is given.
         replanner: planner of the plans that start from what is left of the last one: they correct that plan and need not
             find it, so that fewer samples of a smaller deviation suffice. Without, `planner` (and `default_replanner` if
             that is left out too).
@@ -144,7 +151,10 @@ class MPCPolicy:
             )
         self.model = model
         if planner is None:
-            planner, replanner = default_planner(self.frame_skip), replanner or default_replanner()
+            if make_cost is None:
+                planner, replanner = default_planner(self.frame_skip), replanner or default_replanner()
+            else:  # which may have no gradient
+                planner, replanner = sampling_planner(self.frame_skip), replanner or sampling_replanner()
         self.planner = planner
         self.replanner = replanner if replanner is not None else planner
         for one in (self.planner, self.replanner):
