@@ -36,7 +36,15 @@ def main() -> None:
     import torch
 
     from cjepa_hf import CJepaConfig, CJepaModel
-    from cjepa_hf.planning import CEMPlanner, RolloutCost, SlotGoalCost, default_planner, default_replanner
+    from cjepa_hf.planning import (
+        CEMPlanner,
+        RolloutCost,
+        SlotGoalCost,
+        default_planner,
+        default_replanner,
+        sampling_planner,
+        sampling_replanner,
+    )
 
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -89,6 +97,7 @@ def main() -> None:
         kinds = {
             "paper": ((CEMPlanner(),), {"match_slots": True}),
             "default": ((default_planner(model.config.frame_skip), *4 * (default_replanner(),)), small),
+            "sampling": ((sampling_planner(model.config.frame_skip), *4 * (sampling_replanner(),)), small),
         }
         for name, (planners, options) in kinds.items():
             rows = []
@@ -109,6 +118,7 @@ def main() -> None:
                 **options,
                 "plans": rows,
                 "seconds_until_the_goal": sum(row["median_s"] for row in rows),
+                "seconds_per_task": sum(row["median_s"] for row in rows) / args.tasks,
             }
     write_result(result, args.output)
 

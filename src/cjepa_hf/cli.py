@@ -177,8 +177,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--occluded", action="store_true", help="cf-rollout: also hide the history of an object")
     sub.add_argument(
         "--planner", nargs="+", default=["default"], metavar="PLANNER",
-        help="default (short CEM, replanned after every block), paper (the paper's CEM), cem:SAMPLESxITERATIONS:ELITES; "
-        "/receding, /shrinking, /window=W, /held=STEPS after it override single settings",
+        help="default (short CEM, then gradient steps; replanned after every block), sampling (the same by CEM alone), paper (the "
+        "paper's CEM), cem:SAMPLESxITERATIONS:ELITES; /receding, /shrinking, /window=W, /held=STEPS after it override single settings",
     )  # fmt: skip
     sub.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the planner (default: 0)")
     sub.add_argument("--no-proprio", action="store_true", help="plan from images alone")

@@ -229,7 +229,7 @@ def test_mppi_does_not_depend_on_the_scale_of_the_cost():
         (lambda: ICEMPlanner(sample_decay=0.5), "sample_decay"),
         (lambda: MPPIPlanner(temperature=0), "temperature"),
         (lambda: MPPIPlanner(std_decay=1.5), "std_decay"),
-        (lambda: CEMGDPlanner(num_gradient_plans=10), "num_gradient_plans must be between 1 and num_elites \\+ 1 = 9"),
+        (lambda: CEMGDPlanner(num_gradient_plans=0), "num_gradient_plans"),
         (lambda: CEMGDPlanner(num_gradient_steps=0), "num_gradient_steps"),
         (lambda: CEMGDPlanner(learning_rate=0), "learning_rate"),
         (lambda: CEMGDPlanner(learning_rate_decay=2), "learning_rate_decay"),

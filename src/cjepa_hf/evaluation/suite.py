@@ -21,7 +21,8 @@ def make_policy(model: SlotWorldModel, text: str, *, image_processor=None, seed:
     """
     The policy that a name describes: "default" ([`default_policy`]), "sampling" (the same with [`sampling_planner`], which
     needs no gradient), "paper" (the paper's CEM, receding horizon, windows of the full history, slots matched throughout,
-    patches never), or "cem:SAMPLESxITERATIONS:ELITES" (the default with another CEM); "/receding", "/shrinking", "/window=W" and (with cem) "/held=STEPS" override single settings.
+    patches never), or "cem:SAMPLESxITERATIONS:ELITES" (another CEM); "/receding", "/shrinking", "/window=W" and (with cem)
+    "/held=STEPS" override single settings.
     """
     name, *changes = text.split("/")
     options: dict[str, Any] = {}

@@ -56,7 +56,7 @@ class GoalPlanningPipeline(Pipeline):
 
     Options, at construction or at the call:
         horizon (5): blocks of frame_skip actions to plan.
-        planner: "cem" (the paper's), "icem", "mppi", or a planner object; a small CEM without.
+        planner: "cem" (the paper's), "cem-gd", "icem", "mppi", or a planner object; without, `default_planner`.
         num_samples, num_iterations, num_elites: change these of the planner.
         seed (0): equal seeds give equal plans.
         match_slots: compare slots by optimal assignment or by their place in the set; by default assignment, unless the

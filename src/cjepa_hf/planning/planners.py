@@ -282,7 +282,8 @@ class CEMGDPlanner(CEMPlanner):
     Held actions stay so.
 
     Args:
-        num_gradient_plans: plans improved per task: the answer of the CEM and the cheapest elites of its last iteration.
+        num_gradient_plans: plans improved per task: the answer of the CEM and the cheapest of its last elites, if there are
+            that many.
         num_gradient_steps: steps of Adam (betas 0.5 and 0.9, as there are few).
         learning_rate: its first one, in units of the actions the cost takes; every step multiplies it by
             `learning_rate_decay`.
@@ -298,13 +299,9 @@ class CEMGDPlanner(CEMPlanner):
 
     def __post_init__(self):
         super().__post_init__()
-        if not 1 <= self.num_gradient_plans <= self.num_elites + 1:
-            raise ValueError(
-                f"num_gradient_plans must be between 1 and num_elites + 1 = {self.num_elites + 1}, got "
-                f"{self.num_gradient_plans}"
-            )
-        if self.num_gradient_steps < 1:
-            raise ValueError(f"num_gradient_steps must be at least 1, got {self.num_gradient_steps}")
+        for name in ("num_gradient_plans", "num_gradient_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
         if not 0 < self.learning_rate_decay <= 1:
