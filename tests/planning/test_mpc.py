@@ -142,6 +142,75 @@ def test_plans_that_go_on_from_the_last_one_are_the_replanners():
     assert 7 not in counts[5] and all(counts[horizon] <= {7, 1} for horizon in range(1, 5))
 
 
+class SleepyPlanner(CEMPlanner):
+    """Gives the plan of doing nothing to the tasks `asleep` of its call number `when`; notes how many tasks it was given."""
+
+    def plan_with_info(self, cost_fn, **kwargs):
+        output = super().plan_with_info(cost_fn, **kwargs)
+        self.seen = [*getattr(self, "seen", []), kwargs["batch_size"]]
+        if len(self.seen) == self.when:
+            output.actions[self.asleep] = -MEAN / STD
+            output.cost = cost_fn(output.actions.unsqueeze(1))[:, 0]
+        return output
+
+
+@pytest.mark.parametrize("of_the_model", [True, False])
+def test_plans_that_leave_too_much_of_the_cost_are_searched_for_once_more(of_the_model):
+    start, goal = tasks()
+    sleepy = SleepyPlanner(num_samples=200, num_iterations=8, num_elites=20)
+    sleepy.when, sleepy.asleep = 1, [1]
+    options = {}
+    if not of_the_model:
+        exact = ExactModel()
+
+        def make_cost(observation, goal):
+            return lambda actions: (
+                (
+                    exact.rollout(
+                        torch.as_tensor(observation["slots"])[:, None],
+                        actions=actions,
+                        num_steps=5,
+                        match_slots=False,
+                        window_length=None,
+                    ).slots[:, :, -1]
+                    - torch.as_tensor(goal["slots"])[:, None]
+                )
+                .square()
+                .mean((2, 3))
+            )
+
+        options = {
+            "make_cost": make_cost,
+            "model": None,
+            "frame_skip": FRAME_SKIP,
+            "action_mean": MEAN,
+            "action_std": STD,
+        }
+    policy = MPCPolicy(**{"model": ExactModel(), "planner": sleepy, "retry_above": 0.1, **options})
+    policy.reset({"slots": goal})
+    policy.act({"slots": start})
+    assert sleepy.seen == [3, 1]
+    assert policy.last_plan.cost.max() < 1e-3 and policy.last_plan.history[-1].max() < 1e-3
+    moved = np.abs(policy.last_plan.environment_actions).sum((1, 2))
+    assert (moved > 1).all()
+    assert policy.num_plans.tolist() == [1, 1, 1]
+
+
+def test_of_two_searches_the_cheaper_plan_is_taken_and_plans_that_go_on_are_not_repeated():
+    start, goal = tasks()
+    sleepy = SleepyPlanner(num_samples=200, num_iterations=8, num_elites=20)
+    sleepy.when, sleepy.asleep = 2, [0, 2]
+    policy = MPCPolicy(ExactModel(), sleepy, retry_above=1e-12, receding_horizon=2)
+    policy.reset({"slots": goal})
+    policy.act({"slots": start})
+    assert sleepy.seen == [3, 3]
+    assert policy.last_plan.cost.max() < 1e-3  # though the second search gave two tasks up
+    for _ in range(9):
+        policy.act()
+    policy.act({"slots": start})
+    assert sleepy.seen == [3, 3, 3]
+
+
 def test_the_default_holds_pushes_over_a_block_and_corrects_them_action_by_action():
     policy = MPCPolicy(ExactModel())
     assert (policy.planner.held_steps, policy.replanner.held_steps) == (FRAME_SKIP, 1)
@@ -341,6 +410,7 @@ def test_a_real_model_plans_in_environment_units_only_with_statistics():
         ({"history_length": 4}, "history_length must be between 1 and the model's 3"),
         ({"action_mean": MEAN}, "both action_mean and action_std"),
         ({"action_mean": MEAN[:9], "action_std": STD[:9]}, "does not split into frame_skip=5"),
+        ({"retry_above": 0.0}, "retry_above must be a positive share, or None, got 0.0"),
         ({"model": None}, "needs a model, or make_cost"),
     ],
 )

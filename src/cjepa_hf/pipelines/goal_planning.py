@@ -56,7 +56,7 @@ class GoalPlanningPipeline(Pipeline):
 
     Options, at construction or at the call:
         horizon (5): blocks of frame_skip actions to plan.
-        planner: "cem" (the paper's), "cem-gd", "icem", "mppi", or a planner object; without, `default_planner`.
+        planner: "cem" (the paper's), "cem-gd", "icem", "mppi", or a planner object; without, as in [`default_policy`].
         num_samples, num_iterations, num_elites: change these of the planner.
         seed (0): equal seeds give equal plans.
         match_slots: compare slots by optimal assignment or by their place in the set; by default assignment, unless the
@@ -185,14 +185,14 @@ class GoalPlanningPipeline(Pipeline):
         proprio_weight: float = 1.0,
         action_bounds: tuple[float, float] | None = (-1.0, 1.0),
     ) -> dict[str, Any]:
-        if planner is None:
-            planner = default_planner(self.model.config.frame_skip)
-        elif isinstance(planner, str):
+        if isinstance(planner, str):
             if planner not in _PLANNERS:
                 raise ValueError(f"planner must be one of {sorted(_PLANNERS)} or a planner object, got {planner!r}")
             planner = _PLANNERS[planner]()
         changes = {"num_samples": num_samples, "num_iterations": num_iterations, "num_elites": num_elites}
-        planner = dataclasses.replace(planner, **{key: value for key, value in changes.items() if value is not None})
+        changes = {key: value for key, value in changes.items() if value is not None}
+        if changes:
+            planner = dataclasses.replace(planner or default_planner(self.model.config.frame_skip), **changes)
         if match_slots is None:
             match_slots = needs_matching(self.model)
         policy = default_policy(

@@ -15,8 +15,10 @@ from .costs import Objective, RolloutCost, SlotGoalCost
 from .planners import (
     CEMPlanner,
     CostFn,
+    PlannerOutput,
     default_planner,
     default_replanner,
+    evaluate_candidates,
     sampling_planner,
     sampling_replanner,
 )
@@ -81,6 +83,9 @@ class MPCPolicy:
             needs an observation at every block.
         action_bounds: (low, high) of raw actions. Candidates and executed actions are clipped to them; None: neither.
         action_mean, action_std: [A] statistics of an action block in place of the model's.
+        retry_above: a plan made without an earlier one to start from, whose cost is more than this share of the cost of
+            doing nothing, is searched for once more, and the cheaper of both is taken: what a search misses by ending in a
+            local minimum, another one mostly finds. None: never.
         image_processor: turns "pixels" into pixel_values.
         generator: source of the planner's samples; without, a CPU generator seeded with 0.
         rollout_options: `max_candidates_per_chunk`, `max_memory`, `match_slots`, `window` of [`RolloutCost`].
@@ -105,6 +110,7 @@ class MPCPolicy:
         action_bounds: tuple[float, float] | None = (-1.0, 1.0),
         action_mean: torch.Tensor | None = None,
         action_std: torch.Tensor | None = None,
+        retry_above: float | None = None,
         image_processor: Callable | None = None,
         generator: torch.Generator | None = None,
         **rollout_options,
@@ -121,6 +127,8 @@ class MPCPolicy:
             raise ValueError(f"receding_horizon must be between 1 and horizon={horizon}, got {receding_horizon}")
         if action_bounds is not None and not (len(action_bounds) == 2 and action_bounds[0] < action_bounds[1]):
             raise ValueError(f"action_bounds must be (low, high) with low < high, or None, got {action_bounds}")
+        if retry_above is not None and not retry_above > 0:
+            raise ValueError(f"retry_above must be a positive share, or None, got {retry_above!r}")
         self.frame_skip = frame_skip or (model.config.frame_skip if model is not None else None)
         if self.frame_skip is None:
             raise ValueError("without a model, give frame_skip")
@@ -172,6 +180,7 @@ class MPCPolicy:
         self.schedule = schedule
         self.history_length = history_length
         self.action_bounds = action_bounds
+        self.retry_above = retry_above
         self.image_processor = image_processor
         self.generator = generator if generator is not None else torch.Generator().manual_seed(0)
         self.rollout_options = rollout_options
@@ -263,11 +272,13 @@ class MPCPolicy:
             self._remember(observation, tasks)
         if self._cursor < self._queue.shape[1]:
             return
-        if self.make_cost is None:
-            cost_fn = self._model_cost(goal, tasks)
-        else:
-            cost_fn = self.make_cost(observation, goal)
 
+        def cost_of(rows: torch.Tensor) -> CostFn:
+            if self.make_cost is None:
+                return self._model_cost(_rows(goal, rows), tasks[rows])
+            return self.make_cost(_rows(observation, rows), _rows(goal, rows))
+
+        cost_fn = cost_of(torch.arange(len(tasks)))
         horizon, initial = self.horizon, None
         if self.schedule == "shrinking":
             horizon -= self._plan_index % self.horizon
@@ -275,20 +286,20 @@ class MPCPolicy:
             rest = self._previous[tasks, self.receding_horizon :]
             if rest.shape[1]:
                 initial = torch.cat([rest, rest.new_zeros(len(tasks), horizon - rest.shape[1], rest.shape[2])], dim=1)
-        bounds = None
-        if self.action_bounds is not None:
-            bounds = tuple((bound - self._mean) / self._std for bound in self.action_bounds)
-        device = "cpu" if self.model is None else self.model.device
-        output = (self.planner if initial is None else self.replanner).plan_with_info(
-            cost_fn,
-            batch_size=len(tasks),
-            horizon=horizon,
-            action_size=len(self._mean),
-            initial=initial,
-            generator=self.generator,
-            bounds=bounds,
-            device=device,
-        )
+        output = self._search(cost_fn, len(tasks), horizon, initial)
+        if initial is None and self.retry_above is not None:
+            idle = self.to_normalized(torch.zeros(len(tasks), 1, horizon * self.frame_skip, self.action_size))
+            limit = self.retry_above * evaluate_candidates(cost_fn, idle.to(output.actions))[:, 0]
+            again = (output.cost > limit).nonzero()[:, 0]
+            if len(again):
+                second = self._search(cost_of(again.cpu()), len(again), horizon, None)
+                better = second.cost < output.cost[again]
+                places = again[better]
+                output = PlannerOutput(
+                    output.actions.index_copy(0, places, second.actions[better]),
+                    output.cost.index_copy(0, places, second.cost[better]),
+                    output.history.index_copy(1, places, second.history[:, better]),
+                )
         raw = self.to_environment(output.actions).numpy()
         self.last_plan = MPCPlan(
             tasks=tasks,
@@ -306,6 +317,21 @@ class MPCPolicy:
         self._queue = np.zeros((self._size, self.receding_horizon * self.frame_skip, self.action_size), np.float32)
         self._queue[active] = raw[:, : self._queue.shape[1]]
         self._cursor = 0
+
+    def _search(self, cost_fn: CostFn, count: int, horizon: int, initial: torch.Tensor | None) -> PlannerOutput:
+        bounds = None
+        if self.action_bounds is not None:
+            bounds = tuple((bound - self._mean) / self._std for bound in self.action_bounds)
+        return (self.planner if initial is None else self.replanner).plan_with_info(
+            cost_fn,
+            batch_size=count,
+            horizon=horizon,
+            action_size=len(self._mean),
+            initial=initial,
+            generator=self.generator,
+            bounds=bounds,
+            device="cpu" if self.model is None else self.model.device,
+        )
 
     def _remember(self, observation: Observation, tasks: torch.Tensor) -> None:
         """Append the frame now seen, and the block that led to it, to the history of all tasks."""
@@ -401,15 +427,16 @@ def default_policy(
     model: SlotWorldModel, *, image_processor: Callable | None = None, seed: int = 0, **options
 ) -> MPCPolicy:
     """
-    The policy of `cjepa-hf demo` and `cjepa-hf evaluate`: [`default_planner`], and [`default_replanner`] after every block
-    with a shrinking horizon. Slots are compared by their place in the set where they keep their roles
+    The policy of `cjepa-hf demo` and `cjepa-hf evaluate`: [`default_planner`], once more where that leaves over 1 % of the
+    cost of doing nothing, and [`default_replanner`] after every block with a shrinking horizon. Slots are compared by their place in the set where they keep their roles
     (`model.slots_keep_roles`), else by optimal assignment; at most `model.config.planning_window` frames are seen.
-    `options` override arguments of [`MPCPolicy`].
+    `options` override arguments of [`MPCPolicy`]; a `planner` among them plans once.
     """
     matched = needs_matching(model)
     defaults = {
         "cost": SlotGoalCost(match_slots=matched),
         "schedule": "shrinking",
+        "retry_above": 0.01 if options.get("planner") is None else None,
         "match_slots": matched,
         "window": getattr(model.config, "planning_window", None),
         "generator": torch.Generator().manual_seed(seed),
