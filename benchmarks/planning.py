@@ -5,8 +5,9 @@
 
 The iteration (300 candidates, horizon 5, windows of 1, 2, 3, 3, 3 frames, 6 layers, 16 heads, D 128, MLP 2048, 4 slots
 and 2 auxiliary tokens) counts as 214 GFLOP whatever an implementation skips. Its time is given in units of that work at
-the rate of a 2048^3 bfloat16 matrix product measured between its repetitions, so that machines compare. Run it on an
-idle machine.
+the rate of a 2048^3 bfloat16 matrix product measured between its repetitions, so that machines compare. Whole
+plans are one search each, without the second one of `default_policy`, which depends on the task: `cjepa-hf evaluate` times
+all of it. Run it on an idle machine.
 """
 
 import argparse

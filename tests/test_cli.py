@@ -415,7 +415,7 @@ def test_an_unreadable_image_is_named(root, tmp_path, capsys):
             "expected one of ['cf-rollout', 'cf-rollout-validation', 'pusht-25', 'pusht-25-validation']",
         ),
         (["--num-tasks", 0], "has 200 tasks"),
-        (["--num-tasks", 1, "--planner", "best"], "expected default, paper or cem"),
+        (["--num-tasks", 1, "--planner", "best"], "expected default, sampling, paper or cem"),
         (["--device", "cuda:77"], "leave --device out"),
         (["--device", "abacus"], "leave --device out"),
         (["--output", "."], "give the name of a file"),

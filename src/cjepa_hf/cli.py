@@ -177,7 +177,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--occluded", action="store_true", help="cf-rollout: also hide the history of an object")
     sub.add_argument(
         "--planner", nargs="+", default=["default"], metavar="PLANNER",
-        help="default (short CEM, then gradient steps; replanned after every block), sampling (the same by CEM alone), paper (the "
+        help="default (short CEM, then gradient steps; replanned after every block), sampling (CEM alone, no second search), paper (the "
         "paper's CEM), cem:SAMPLESxITERATIONS:ELITES; /receding, /shrinking, /window=W, /held=STEPS after it override single settings",
     )  # fmt: skip
     sub.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the planner (default: 0)")

@@ -279,17 +279,23 @@ def test_gradients_of_a_plans_cost_are_those_of_small_changes(tiny_model, frames
 
 def test_gradients_do_not_depend_on_the_chunks(tiny_model):
     costs, gradient = tiny_cost(tiny_model)[0].with_gradient(actions := tiny_cost(tiny_model)[1])
-    for options in ({"max_candidates_per_chunk": 3}, {"max_memory": 2**20}):
+    for options in ({"max_candidates_per_chunk": 3}, {"max_memory": 2**21}):
         again = tiny_cost(tiny_model, **options)[0].with_gradient(actions)
         torch.testing.assert_close(again, (costs, gradient))
+    with pytest.raises(ValueError, match="less than the gradient of one candidate needs"):
+        tiny_cost(tiny_model, max_memory=2**17)[0].with_gradient(actions)
 
 
 def test_gradients_pass_by_slots_that_an_encoder_made_in_inference_mode(tiny_model):
     cost, actions = tiny_cost(tiny_model)
     with torch.inference_mode():
         slots, goal_slots, proprio = cost.slots + 0, cost.goal_slots + 0, cost.proprio + 0
-    cost = RolloutCost(tiny_model, SlotGoalCost(), slots, goal_slots, proprio=proprio)
-    assert cost.with_gradient(actions)[1].abs().sum() > 0
+        inside = RolloutCost(
+            tiny_model, SlotGoalCost(), slots, goal_slots, proprio=proprio, goal_proprio=proprio[:, 0]
+        )
+        assert inside.with_gradient(actions)[1].abs().sum() > 0
+    outside = RolloutCost(tiny_model, SlotGoalCost(), slots, goal_slots, proprio=proprio)
+    assert outside.with_gradient(actions)[1].abs().sum() > 0
 
 
 def test_an_objective_without_gradient_is_named(tiny_model):

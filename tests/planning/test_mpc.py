@@ -211,6 +211,23 @@ def test_of_two_searches_the_cheaper_plan_is_taken_and_plans_that_go_on_are_not_
     assert sleepy.seen == [3, 3, 3]
 
 
+def test_where_doing_nothing_has_no_finite_cost_nothing_is_searched_for_again():
+    start, goal = tasks()
+    sleepy = SleepyPlanner(num_samples=50, num_iterations=2, num_elites=5)
+    sleepy.when = 0
+
+    def make_cost(observation, goal):
+        return lambda actions: (
+            actions.square().mean((2, 3)).where(actions[:, :, 0, 0] > -MEAN[0] / STD[0] + 0.01, torch.nan)
+        )
+
+    options = {"frame_skip": FRAME_SKIP, "action_mean": MEAN, "action_std": STD, "retry_above": 1e-9}
+    policy = MPCPolicy(None, sleepy, make_cost=make_cost, **options)
+    policy.reset({"slots": goal})
+    policy.act({"slots": start})
+    assert sleepy.seen == [3]
+
+
 def test_the_default_holds_pushes_over_a_block_and_corrects_them_action_by_action():
     policy = MPCPolicy(ExactModel())
     assert (policy.planner.held_steps, policy.replanner.held_steps) == (FRAME_SKIP, 1)

@@ -190,12 +190,28 @@ def test_gradient_steps_never_give_a_worse_plan_than_the_search():
     assert torch.equal(plan(planner).actions, short.actions)
 
 
+def test_a_plan_outlives_gradient_steps_that_lead_where_no_cost_is_finite():
+    def walled(actions):
+        cost = (actions - 1).square().mean((2, 3))
+        return cost.masked_fill((actions.abs() > 0.3).flatten(2).any(2), math.inf)
+
+    found = plan(CEMPlanner(num_samples=300, num_iterations=4, num_elites=8, var_scale=0.1), walled)
+    output = plan(CEMGDPlanner(num_samples=300, num_iterations=4, var_scale=0.1, learning_rate=0.2), walled)
+    assert output.cost.isfinite().all() and (output.cost <= found.cost).all() and output.actions.abs().max() <= 0.3
+
+
+def test_gradients_are_followed_inside_inference_mode():
+    with torch.inference_mode():
+        inside = plan(CEMGDPlanner())
+    assert torch.equal(inside.actions, plan(CEMGDPlanner()).actions)
+
+
 def test_a_cost_without_gradient_is_refused_by_the_planner_that_needs_one():
     with pytest.raises(ValueError, match="has no gradient, which CEMGDPlanner needs: plan with CEMPlanner"):
         plan(CEMGDPlanner(), lambda actions: distance_to_targets(actions.detach()))
 
 
-def test_candidates_without_finite_cost_or_gradient_stay_where_they_are():
+def test_candidates_without_finite_cost_or_gradient_have_a_gradient_of_zero():
     def cost_fn(actions):
         cost = distance_to_targets(actions)
         return torch.stack(

@@ -19,8 +19,8 @@ from cjepa_hf.planning.planners import CEMGDPlanner, CEMPlanner, sampling_planne
 
 def make_policy(model: SlotWorldModel, text: str, *, image_processor=None, seed: int = 0) -> MPCPolicy:
     """
-    The policy that a name describes: "default" ([`default_policy`]), "sampling" (the same with [`sampling_planner`], which
-    needs no gradient), "paper" (the paper's CEM, receding horizon, windows of the full history, slots matched throughout,
+    The policy that a name describes: "default" ([`default_policy`]), "sampling" ([`sampling_planner`] and its replanner,
+    which need no gradient, without a second search), "paper" (the paper's CEM, receding horizon, windows of the full history, slots matched throughout,
     patches never), or "cem:SAMPLESxITERATIONS:ELITES" (another CEM); "/receding", "/shrinking", "/window=W" and (with cem)
     "/held=STEPS" override single settings.
     """
@@ -133,7 +133,7 @@ def evaluate_push_t(
         name = planners[0]
         like = make_policy(net, name)
         if isinstance(like.planner, CEMGDPlanner):  # the simulator has no gradients
-            name = "sampling"
+            name = "/".join(["sampling", *name.split("/")[1:]])
             like = make_policy(net, name)
         policy = simulator_policy(
             net.action_mean.cpu(),

@@ -21,7 +21,7 @@ from cjepa_hf.planning import (
     default_planner,
     default_policy,
 )
-from cjepa_hf.planning.mpc import needs_matching
+from cjepa_hf.planning.mpc import RETRY_ABOVE, needs_matching
 
 _PLANNERS = {"cem": CEMPlanner, "cem-gd": CEMGDPlanner, "icem": ICEMPlanner, "mppi": MPPIPlanner}
 _FORWARD_PARAMETERS = (
@@ -185,6 +185,7 @@ class GoalPlanningPipeline(Pipeline):
         proprio_weight: float = 1.0,
         action_bounds: tuple[float, float] | None = (-1.0, 1.0),
     ) -> dict[str, Any]:
+        retry = {"retry_above": RETRY_ABOVE} if planner is None else {}
         if isinstance(planner, str):
             if planner not in _PLANNERS:
                 raise ValueError(f"planner must be one of {sorted(_PLANNERS)} or a planner object, got {planner!r}")
@@ -201,6 +202,7 @@ class GoalPlanningPipeline(Pipeline):
             planner=planner,
             cost=SlotGoalCost(match_slots=match_slots, proprio_weight=proprio_weight),
             match_slots=match_slots,
+            **retry,
             schedule="receding",
             horizon=horizon,
             receding_horizon=horizon,

@@ -91,7 +91,7 @@ class RolloutCost:
 
     Args:
         model: a [`CJepaModel`] or [`DinoWmModel`] in eval mode.
-        objective: for example [`SlotGoalCost`].
+        objective: for example [`SlotGoalCost`]. Planners that follow gradients need a differentiable one.
         slots: [B, T, N, D], the observed frames, 1 <= T <= history_length.
         goal_slots: [B, N, D].
         proprio: [B, T, P], normalised; required if the model takes proprioception.
@@ -161,11 +161,12 @@ class RolloutCost:
             if value is None:
                 return None
             value = value.to(device=device, dtype=dtype)
-            return value.clone() if value.is_inference() else value  # no gradient passes by tensors of inference mode
+            with torch.inference_mode(False):  # no gradient passes by tensors of inference mode
+                return value.clone() if value.is_inference() else value
 
         self.slots, self.goal_slots, self.proprio = move(slots), move(goal_slots), move(proprio)
         self.past_actions = move(past_actions)
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             self.goal_proprio_embeddings = None if goal_proprio is None else model.embed_proprio(move(goal_proprio))
         if max_candidates_per_chunk is not None and max_candidates_per_chunk < 1:
             raise ValueError(f"max_candidates_per_chunk must be at least 1, got {max_candidates_per_chunk}")
@@ -184,7 +185,10 @@ class RolloutCost:
         config = self.model.config
         frames = min(self.window or config.history_length, config.history_length) + config.prediction_length
         tokens = frames * (self.slots.shape[2] + config.num_auxiliary_tokens)
-        width = 10 * config.hidden_size + 2 * config.intermediate_size + config.num_attention_heads * tokens
+        heads = config.num_attention_heads * getattr(config, "head_dim", 0)  # where they are no parts of hidden_size
+        width = (
+            10 * config.hidden_size + 4 * heads + 2 * config.intermediate_size + config.num_attention_heads * tokens
+        )
         return tokens * width * self.model.dtype.itemsize
 
     @torch.inference_mode()
@@ -199,9 +203,14 @@ class RolloutCost:
         """[B, S, H, A] normalised actions -> [B, S] float32 costs, and the gradient of each, [B, S, H, A]."""
         # all layers of all steps are kept until the gradient has passed by them
         kept = self._candidate_bytes() * self.model.config.num_hidden_layers * actions.shape[2]
+        if kept > self.max_memory:
+            raise ValueError(
+                f"max_memory={self.max_memory} bytes is less than the gradient of one candidate needs (about {kept}): raise "
+                "it, or plan with CEMPlanner, ICEMPlanner or MPPIPlanner"
+            )
         costs, gradient = actions.new_empty(actions.shape[:2], dtype=torch.float32), torch.empty_like(actions)
-        for rows, samples in self._chunks(actions, max(1, min(self.chunk_size, self.max_memory // kept))):
-            with torch.enable_grad():
+        for rows, samples in self._chunks(actions, min(self.chunk_size, self.max_memory // kept)):
+            with torch.inference_mode(False), torch.enable_grad():
                 part = actions[rows, samples].detach().clone().requires_grad_()
                 cost = self._chunk(rows, part)
                 if not cost.requires_grad:
@@ -209,8 +218,8 @@ class RolloutCost:
                         f"{self.objective} passes no gradient on, which CEMGDPlanner needs: plan with CEMPlanner, ICEMPlanner "
                         "or MPPIPlanner"
                     )
-                (gradient[rows, samples],) = torch.autograd.grad(cost.sum(), part)
-            costs[rows, samples] = cost.detach()
+                (slope,) = torch.autograd.grad(cost.sum(), part)
+            costs[rows, samples], gradient[rows, samples] = cost.detach(), slope
         return costs, gradient
 
     def _chunks(self, actions: torch.Tensor, size: int) -> Iterator[tuple[slice, slice]]:

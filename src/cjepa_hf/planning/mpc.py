@@ -65,7 +65,8 @@ class MPCPolicy:
     Args:
         model: a [`CJepaModel`] or [`DinoWmModel`] with action statistics (and proprioception statistics if it takes any).
             May be left out when `make_cost`, `frame_skip`, `action_mean` and `action_std` are given.
-        planner: see `cjepa_hf.planning.planners`. Without, `default_planner`, or `sampling_planner` if `make_cost` is given.
+        planner: see `cjepa_hf.planning.planners`. Without, `default_planner`, or `sampling_planner` if `make_cost` is given;
+            give that one for a `cost` that is not differentiable.
         replanner: planner of the plans that start from what is left of the last one: they correct that plan and need not
             find it, so that fewer samples of a smaller deviation suffice. Without, `planner` (and `default_replanner` if
             that is left out too).
@@ -288,8 +289,9 @@ class MPCPolicy:
                 initial = torch.cat([rest, rest.new_zeros(len(tasks), horizon - rest.shape[1], rest.shape[2])], dim=1)
         output = self._search(cost_fn, len(tasks), horizon, initial)
         if initial is None and self.retry_above is not None:
-            idle = self.to_normalized(torch.zeros(len(tasks), 1, horizon * self.frame_skip, self.action_size))
-            limit = self.retry_above * evaluate_candidates(cost_fn, idle.to(output.actions))[:, 0]
+            idle = torch.zeros(len(tasks), 1, horizon * self.frame_skip, self.action_size)
+            idle = self.to_normalized(idle if self.action_bounds is None else idle.clamp(*self.action_bounds))
+            limit = self.retry_above * evaluate_candidates(cost_fn, idle.to(output.actions), need_finite=False)[:, 0]
             again = (output.cost > limit).nonzero()[:, 0]
             if len(again):
                 second = self._search(cost_of(again.cpu()), len(again), horizon, None)
@@ -418,6 +420,9 @@ class MPCPolicy:
         return proprio.to(self.model.dtype)
 
 
+RETRY_ABOVE = 0.01  # of the default policy, chosen on pusht-25-validation
+
+
 def needs_matching(model: SlotWorldModel) -> bool:
     """Whether slots must be matched before they are compared: not where every object, or patch, has its own place."""
     return not model.slots_keep_roles
@@ -436,7 +441,7 @@ def default_policy(
     defaults = {
         "cost": SlotGoalCost(match_slots=matched),
         "schedule": "shrinking",
-        "retry_above": 0.01 if options.get("planner") is None else None,
+        "retry_above": RETRY_ABOVE if options.get("planner") is None else None,
         "match_slots": matched,
         "window": getattr(model.config, "planning_window", None),
         "generator": torch.Generator().manual_seed(seed),

@@ -310,7 +310,13 @@ class CEMGDPlanner(CEMPlanner):
     def _refine(
         self, output: PlannerOutput, cost_fn: CostFn, elites: torch.Tensor, bounds: Bounds | None
     ) -> PlannerOutput:
-        plans = torch.cat([output.actions.unsqueeze(1), elites[:, : self.num_gradient_plans - 1]], dim=1)
+        with torch.inference_mode(False), torch.no_grad():  # there may be no gradients where the caller is
+            return self._descend(output, cost_fn, elites, bounds)
+
+    def _descend(
+        self, output: PlannerOutput, cost_fn: CostFn, elites: torch.Tensor, bounds: Bounds | None
+    ) -> PlannerOutput:
+        plans = torch.cat([output.actions.unsqueeze(1), elites[:, : self.num_gradient_plans - 1]], dim=1).clone()
         best_actions, best_cost, history = output.actions, output.cost, [output.history]
         optimizer = torch.optim.Adam([plans], lr=self.learning_rate, betas=(0.5, 0.9))
         for step in range(self.num_gradient_steps + 1):
@@ -319,13 +325,15 @@ class CEMGDPlanner(CEMPlanner):
                 held = gradient.unflatten(-1, (self.held_steps, -1)).mean(-2)
                 plans.grad = held.repeat(1, 1, 1, self.held_steps)
             else:
-                costs = evaluate_candidates(cost_fn, plans)
+                costs = evaluate_candidates(cost_fn, plans, need_finite=False)
             cost, index = costs.min(dim=1)
             actions = plans.gather(1, index[:, None, None, None].expand(-1, 1, *plans.shape[2:]))[:, 0]
             better = cost < best_cost
             best_cost = torch.where(better, cost, best_cost)
             best_actions = torch.where(better[:, None, None], actions, best_actions)
             if step < self.num_gradient_steps:
+                # what went where no cost is finite begins again at the best
+                plans.copy_(torch.where(costs.isfinite()[:, :, None, None], plans, best_actions.unsqueeze(1)))
                 optimizer.step()
                 optimizer.param_groups[0]["lr"] *= self.learning_rate_decay
                 if bounds is not None:
@@ -358,12 +366,12 @@ def sampling_replanner() -> CEMPlanner:
     return CEMPlanner(num_samples=32, num_iterations=3, num_elites=8, var_scale=0.5)
 
 
-def evaluate_candidates(cost_fn: CostFn, candidates: torch.Tensor) -> torch.Tensor:
+def evaluate_candidates(cost_fn: CostFn, candidates: torch.Tensor, *, need_finite: bool = True) -> torch.Tensor:
     """
     Costs [B, S] in float32 of candidates [B, S, H, A], non-finite ones as +inf.
 
     Raises:
-        ValueError: the cost has another shape, or a task has no finite cost at all.
+        ValueError: the cost has another shape, or (with `need_finite`) a task has no finite cost at all.
     """
     costs = cost_fn(candidates)
     if tuple(costs.shape) != tuple(candidates.shape[:2]):
@@ -374,7 +382,7 @@ def evaluate_candidates(cost_fn: CostFn, candidates: torch.Tensor) -> torch.Tens
     costs = costs.to(device=candidates.device, dtype=torch.float32)
     finite = costs.isfinite()
     hopeless = ~finite.any(dim=1)
-    if hopeless.any():
+    if need_finite and hopeless.any():
         tasks = hopeless.nonzero().flatten().tolist()
         raise ValueError(
             f"no candidate has a finite cost in task(s) {tasks[:10]} of {len(costs)}: check the observation, the goal "
@@ -389,7 +397,7 @@ def cost_and_gradient(cost_fn: CostFn, candidates: torch.Tensor) -> tuple[torch.
     not finite). A `cost_fn` with a method `with_gradient(candidates)` that returns both is asked by it.
 
     Raises:
-        ValueError: as [`evaluate_candidates`], and for costs that autograd does not see through.
+        ValueError: a cost of another shape, or one that autograd does not see through.
     """
     gradient = None
 
@@ -398,7 +406,7 @@ def cost_and_gradient(cost_fn: CostFn, candidates: torch.Tensor) -> tuple[torch.
         if hasattr(cost_fn, "with_gradient"):
             costs, gradient = cost_fn.with_gradient(candidates)
             return costs
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
             actions = candidates.detach().clone().requires_grad_()
             costs = cost_fn(actions)
             if not costs.requires_grad:
@@ -408,7 +416,7 @@ def cost_and_gradient(cost_fn: CostFn, candidates: torch.Tensor) -> tuple[torch.
             (gradient,) = torch.autograd.grad(costs.sum(), actions)
         return costs.detach()
 
-    costs = evaluate_candidates(ask, candidates)
+    costs = evaluate_candidates(ask, candidates, need_finite=False)
     usable = gradient.isfinite() & costs.isfinite()[:, :, None, None]
     return costs, torch.where(usable, gradient, 0).to(candidates)
 
