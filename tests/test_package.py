@@ -16,11 +16,10 @@ def _spin_count(**given: str) -> str:
     )
     assert result.returncode == 0, result.stderr
     lines = [line for line in result.stderr.splitlines() if "GOMP_SPINCOUNT" in line]
-    if not lines:
-        pytest.skip("torch runs on another OpenMP")
     return lines[0].split("'")[1]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere torch's wheels bring another OpenMP")
 def test_waiting_threads_go_to_sleep_soon_unless_the_user_says_otherwise():
     assert _spin_count() == "2000"
     assert _spin_count(GOMP_SPINCOUNT="70") == "70"

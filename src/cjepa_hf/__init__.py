@@ -8,7 +8,7 @@ import importlib
 import os
 
 # Threads of GNU OpenMP spin while they wait for each other. If another program holds a core, they spin through its whole
-# turn, and plans take ten times as long; waiting 2,000 rounds and then asleep costs nothing measurable on idle cores. The
+# turn, and plans take many times as long; waiting 2,000 rounds and then asleep costs nothing measurable on idle cores. The
 # library reads this when torch loads it, so it must stand before.
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = "2000"

@@ -307,40 +307,39 @@ class CEMGDPlanner(CEMPlanner):
         if not 0 < self.learning_rate_decay <= 1:
             raise ValueError(f"learning_rate_decay must be in (0, 1], got {self.learning_rate_decay}")
 
+    @torch.inference_mode(False)  # there are no gradients in it, wherever the caller is
+    @torch.no_grad()
     def _refine(
         self, output: PlannerOutput, cost_fn: CostFn, elites: torch.Tensor, bounds: Bounds | None
     ) -> PlannerOutput:
-        with torch.inference_mode(False), torch.no_grad():  # there may be no gradients where the caller is
-            return self._descend(output, cost_fn, elites, bounds)
-
-    def _descend(
-        self, output: PlannerOutput, cost_fn: CostFn, elites: torch.Tensor, bounds: Bounds | None
-    ) -> PlannerOutput:
         plans = torch.cat([output.actions.unsqueeze(1), elites[:, : self.num_gradient_plans - 1]], dim=1).clone()
-        best_actions, best_cost, history = output.actions, output.cost, [output.history]
-        optimizer = torch.optim.Adam([plans], lr=self.learning_rate, betas=(0.5, 0.9))
-        for step in range(self.num_gradient_steps + 1):
-            if step < self.num_gradient_steps:
-                costs, gradient = cost_and_gradient(cost_fn, plans)
-                held = gradient.unflatten(-1, (self.held_steps, -1)).mean(-2)
-                plans.grad = held.repeat(1, 1, 1, self.held_steps)
-            else:
-                costs = evaluate_candidates(cost_fn, plans, need_finite=False)
+        best_actions, best_cost, lowest = output.actions, output.cost, []
+
+        def keep_cheapest(costs):
+            nonlocal best_actions, best_cost
             cost, index = costs.min(dim=1)
-            actions = plans.gather(1, index[:, None, None, None].expand(-1, 1, *plans.shape[2:]))[:, 0]
             better = cost < best_cost
+            actions = plans[torch.arange(len(plans), device=plans.device), index]
             best_cost = torch.where(better, cost, best_cost)
             best_actions = torch.where(better[:, None, None], actions, best_actions)
-            if step < self.num_gradient_steps:
-                # what went where no cost is finite begins again at the best
-                plans.copy_(torch.where(costs.isfinite()[:, :, None, None], plans, best_actions.unsqueeze(1)))
-                optimizer.step()
-                optimizer.param_groups[0]["lr"] *= self.learning_rate_decay
-                if bounds is not None:
-                    plans.clamp_(*bounds)
-            if step:
-                history.append(cost.unsqueeze(0))
-        return PlannerOutput(best_actions, best_cost, torch.cat(history))
+            lowest.append(cost)
+
+        optimizer = torch.optim.Adam([plans], lr=self.learning_rate, betas=(0.5, 0.9))
+        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, self.learning_rate_decay)
+        for _ in range(self.num_gradient_steps):
+            costs, gradient = cost_and_gradient(cost_fn, plans)
+            keep_cheapest(costs)
+            # what went where no cost is finite begins again at the best
+            plans.copy_(torch.where(costs.isfinite()[:, :, None, None], plans, best_actions.unsqueeze(1)))
+            held = gradient.unflatten(-1, (self.held_steps, -1)).mean(-2)
+            plans.grad = held.repeat(1, 1, 1, self.held_steps)
+            optimizer.step()
+            schedule.step()
+            if bounds is not None:
+                plans.clamp_(*bounds)
+        keep_cheapest(evaluate_candidates(cost_fn, plans, need_finite=False))
+        # the plans before the first step are the search's own
+        return PlannerOutput(best_actions, best_cost, torch.cat([output.history, torch.stack(lowest[1:])]))
 
 
 def default_planner(frame_skip: int = 1) -> CEMPlanner:
