@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from cjepa_hf import CJepaConfig, CJepaModel, ColorIsaConfig
+from cjepa_hf.checkpoints import bundled_checkpoint
+from cjepa_hf.evaluation import suite
 from cjepa_hf.evaluation.protocols import load_protocol, make_push_t_protocol, protocol_names
 from cjepa_hf.evaluation.push_t import run_actions, run_baseline, run_policy, select_tasks, simulator_policy
 from cjepa_hf.evaluation.suite import evaluate_push_t, make_policy
-from cjepa_hf.planning.planners import CEMPlanner
+from cjepa_hf.planning.planners import CEMGDPlanner, CEMPlanner
 from cjepa_hf.simulators.push_t import push_t_success, state_errors
 
 
@@ -116,6 +118,22 @@ def test_a_model_that_cannot_play_push_t_from_images_is_told_why(tmp_path, chang
     CJepaModel(CJepaConfig(**(size | encoder | change))).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=message):
         evaluate_push_t(str(tmp_path), num_tasks=1, progress=False)
+
+
+def test_the_simulator_in_the_models_place_plans_without_gradients_on_the_schedule_asked_for(monkeypatch):
+    policies = []
+
+    def keep(policy, *args, **kwargs):
+        policies.append(policy)
+        return SimpleNamespace(success=np.ones(1, bool), summary=lambda: {"rate": 1.0})
+
+    monkeypatch.setattr(suite, "run_policy", keep)
+    model = str(bundled_checkpoint())
+    results = evaluate_push_t(model, planners=["default/receding"], num_tasks=1, simulator_tasks=1, progress=False)
+    assert [row["name"] for row in results["rows"]] == ["default/receding", "true simulator, sampling/receding"]
+    of_model, of_simulator = policies
+    assert type(of_model.planner) is CEMGDPlanner and type(of_simulator.planner) is CEMPlanner
+    assert of_simulator.schedule == "receding"
 
 
 def test_validation_tasks_are_other_tasks(protocol):
