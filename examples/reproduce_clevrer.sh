@@ -96,6 +96,12 @@ for step in $steps; do
       if [[ $step == pixel_* ]]; then seen=pixel_question_slots; fi
       python -m cjepa_hf.evaluation.clevrer "$out/${step%answers}aloe" --dataset "$out/$seen" --split test \
         --questions "$out/scenes/questions/test.json" --output "$out/${step}_observed.json"
+      encoder=()  # and from what really happens, as a perfect world model would imagine it
+      if [[ $step == pixel_* ]]; then encoder=(--encoder "$out/pixel_encoder"); fi
+      cjepa-hf imagine "$out/$seen" --questions "$out/scenes" --model simulator "${encoder[@]}" --splits test \
+        --output-dir "$out/${step}_true_videos"
+      python -m cjepa_hf.evaluation.clevrer "$out/${step%answers}aloe" --dataset "$out/${step}_true_videos" --split test \
+        --questions "$out/scenes/questions/test.json" --output "$out/${step}_true.json"
       ;;
     *) echo "unknown step $step" >&2; exit 2 ;;
   esac

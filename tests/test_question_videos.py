@@ -6,11 +6,15 @@ import torch
 from transformers import pipeline
 
 from cjepa_hf import AloeConfig, AloeForVideoQuestionAnswering, AloeProcessor, CJepaConfig, CJepaModel, SlotProbe
+from cjepa_hf.checkpoints import bundled_checkpoint
 from cjepa_hf.cli import main
-from cjepa_hf.data.clevrer import load_questions, question_episode
+from cjepa_hf.data.clevrer import ClevrerFolder, load_questions, question_episode
+from cjepa_hf.data.collect import collect_collisions
+from cjepa_hf.data.extract import extract_slots
 from cjepa_hf.data.slots import load_slot_dataset, write_slot_dataset
+from cjepa_hf.data.state_slots import empty_slot, state_encoder, write_state_slots
 from cjepa_hf.evaluation.clevrer import answer_questions
-from cjepa_hf.question_videos import write_question_videos
+from cjepa_hf.question_videos import write_question_videos, write_true_question_videos
 from cjepa_hf.training.aloe import QuestionDataset
 
 N, D, T, SEEN, VIDEOS, MORE = 4, 16, 20, 5, 3, 8
@@ -252,3 +256,97 @@ def test_interrupted_it_goes_on_and_makes_the_same(folder, made, monkeypatch):
             )
             np.testing.assert_allclose(np.asarray(found), np.asarray(expected), atol=1e-5)
         assert len(rows) == len(one)
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scenes")
+    return collect_collisions(folder / "scenes", num_scenes={"test": 2}, seed=3, num_workers=1, progress=False)
+
+
+def _episodes(folder):
+    data = load_slot_dataset(folder, "test")
+    names = data.data.with_format(None)["episode_id"]
+    return {name: np.asarray(row["slots"]) for name, row in zip(names, data.data.with_format("numpy"), strict=True)}
+
+
+def test_the_simulators_videos_go_on_from_what_was_seen_and_lack_one_object(scenes, tmp_path):
+    write_state_slots(scenes, tmp_path / "slots", progress=False)
+    command = ["imagine", str(tmp_path / "slots"), "--questions", str(scenes), "--output-dir", str(tmp_path / "true")]
+    assert main([*command, "--model", "simulator", "--device", "cpu", "--json"]) == 0
+    seen, true = _episodes(tmp_path / "slots"), _episodes(tmp_path / "true")
+    folder, asked = ClevrerFolder(scenes), []
+    probe = SlotProbe.from_pretrained(_fit_probe(tmp_path / "slots", tmp_path))
+    for index, path in folder.files("predictions", "test").items():
+        name, told = f"video_{index:05d}", json.loads(path.read_text())
+        np.testing.assert_allclose(true[name][:128], seen[name], atol=1e-5)  # annotations are rounded
+        assert len(true[name]) == 160
+        (scene,) = [s for s in folder.questions("test") if s["scene_index"] == index]
+        for question in scene["questions"]:
+            if question["question_type"] != "counterfactual":
+                continue
+            video = true[question_episode(name, question["question_id"])]
+            gone = [
+                k for k in range(6) if (video[:, k] == empty_slot()).all() and (seen[name][:, k] != empty_slot()).any()
+            ]
+            assert len(gone) == 1 and len(video) == 128
+            # the collector's own simulation, which answers come from, puts the others where this video has them
+            (what_if,) = [p for p in told["predictions"] if p["what_if"] == gone[0]]
+            asked.append(question)
+            for moment in what_if["trajectory"]:
+                if moment["frame_index"] >= 128:
+                    continue
+                found = probe.positions(torch.from_numpy(video[moment["frame_index"]]))
+                present = (video[moment["frame_index"]] != empty_slot()).any(-1)
+                places = sorted((o["x"], o["y"]) for o in moment["objects"] if abs(o["x"]) < 3 and abs(o["y"]) < 2)
+                np.testing.assert_allclose(sorted(found[present].tolist()), places, atol=1e-3)
+    assert asked
+    processor = AloeProcessor(num_frames=25, observed_frames=128, min_imagined_frames=4)
+    questions = QuestionDataset(load_slot_dataset(tmp_path / "true", "test"), folder.questions("test"), processor)
+    assert not questions.missing_videos
+
+
+def _fit_probe(slots, folder):
+    """Reads positions exactly: true states are linear in their slots."""
+    data = load_slot_dataset(slots, "test").data.with_format("numpy")
+    seen = torch.from_numpy(np.concatenate([np.asarray(row["slots"]) for row in data])).flatten(0, 1)
+    states = torch.from_numpy(np.concatenate([np.asarray(row["state"]) for row in data])).unflatten(-1, (6, -1))
+    present = (seen != torch.from_numpy(empty_slot())).any(-1)
+    SlotProbe.fit(
+        seen, present=present, positions=states[..., 1:3].flatten(0, 1).float(), labels={}, attributes={}, ridge=1e-9
+    ).save_pretrained(folder / "probe")
+    return folder / "probe"
+
+
+def test_the_simulators_videos_are_seen_by_the_datasets_own_encoder(scenes, tmp_path):
+    encoder = str(bundled_checkpoint("collisions"))
+    extract_slots(scenes, encoder, tmp_path / "slots", num_frames=128, device="cpu", progress=False)
+    with pytest.raises(ValueError, match="give that encoder"):
+        write_true_question_videos(tmp_path / "slots", scenes, tmp_path / "true", progress=False)
+    with pytest.raises(ValueError, match="config_hash differs"):
+        write_true_question_videos(
+            tmp_path / "slots", scenes, tmp_path / "true", encoder=str(bundled_checkpoint()), progress=False
+        )
+    write_true_question_videos(
+        tmp_path / "slots",
+        scenes,
+        tmp_path / "true",
+        encoder=encoder,
+        num_future_frames=4,
+        device="cpu",
+        progress=False,
+    )
+    seen, true = _episodes(tmp_path / "slots"), _episodes(tmp_path / "true")
+    for name, slots in seen.items():
+        np.testing.assert_allclose(true[name][:128], slots, atol=1e-5)
+        assert len(true[name]) == 132
+    assert len(true) > len(seen)
+
+
+def test_what_the_simulator_did_not_make_it_does_not_continue(folder, tmp_path):
+    with pytest.raises(ValueError, match="give that encoder"):
+        write_true_question_videos(folder / "slots", folder, tmp_path / "true", progress=False)
+    episodes = [{"episode_id": "video_00000", "slots": np.zeros((128, 6, 64), np.float32)}]
+    write_slot_dataset(tmp_path / "slots", {"train": episodes}, frame_skip=4, encoder=state_encoder())
+    with pytest.raises(ValueError, match="no file of predictions for video_00000"):
+        write_true_question_videos(tmp_path / "slots", folder, tmp_path / "true", progress=False)

@@ -133,8 +133,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("dataset", help="slot dataset with one episode per video")
     sub.add_argument("--questions", required=True, help="folder with the question files of its splits")
     sub.add_argument(
-        "--model", required=True, help="folder or Hub id of a CJepaModel without actions (collisions: the shipped one)"
-    )
+        "--model", required=True,
+        help="folder or Hub id of a CJepaModel without actions (collisions: the shipped one), or simulator: what really "
+        "happens in collected scenes",
+    )  # fmt: skip
+    sub.add_argument("--encoder", help="--model simulator: that of the slot dataset (not needed for true states)")
     sub.add_argument("--probe", help="folder or Hub id with slot_probe.safetensors (default: that of the model)")
     sub.add_argument("--output-dir", required=True)
     sub.add_argument("--splits", nargs="+", help="only these (default: all)")
@@ -143,8 +146,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--num-frames", type=int, default=32, help="imagined after a video (default: %(default)s)")
     sub.add_argument(
-        "--contact-distance", type=float, default=0.75,
-        help="between centers, where a removed object's first contact is; what if begins there (default: %(default)s)",
+        "--contact-distance", type=float,
+        help="between centers, where a removed object's first contact is; what if begins there (default: 0.75)",
     )  # fmt: skip
     _common(sub)
 
@@ -482,23 +485,42 @@ def imagine_questions(arguments, _) -> None:
     from cjepa_hf import CJepaModel, SlotProbe
     from cjepa_hf.data.clevrer import read_json
     from cjepa_hf.data.slots import METADATA_FILE
-    from cjepa_hf.question_videos import describe_skipped, write_question_videos
+    from cjepa_hf.question_videos import describe_skipped, write_question_videos, write_true_question_videos
 
-    name = _model(arguments.model)
-    model = CJepaModel.from_pretrained(name, use_safetensors=True).eval().to(_device(arguments))
-    folder = write_question_videos(
-        arguments.dataset,
-        arguments.questions,
-        model,
-        arguments.output_dir,
-        probe=SlotProbe.from_pretrained(arguments.probe or name),
-        contact_distance=arguments.contact_distance,
-        splits=arguments.splits,
-        num_future_frames=arguments.num_frames,
-        num_videos=None if arguments.num_videos is None else {"train": arguments.num_videos},
-        world_model_name=Path(name).resolve().name if Path(name).exists() else name,
-        progress=not arguments.json,
-    )
+    shared = {
+        "splits": arguments.splits,
+        "num_future_frames": arguments.num_frames,
+        "num_videos": None if arguments.num_videos is None else {"train": arguments.num_videos},
+        "progress": not arguments.json,
+    }
+    if arguments.model == "simulator":
+        if arguments.probe or arguments.contact_distance is not None:
+            raise ValueError(
+                "--probe and --contact-distance say how a model imagines, and the simulator needs neither"
+            )
+        folder = write_true_question_videos(
+            arguments.dataset,
+            arguments.questions,
+            arguments.output_dir,
+            encoder=arguments.encoder,
+            device=_device(arguments),
+            **shared,
+        )
+    else:
+        if arguments.encoder:
+            raise ValueError("--encoder belongs to --model simulator: a world model imagines slots")
+        name = _model(arguments.model)
+        model = CJepaModel.from_pretrained(name, use_safetensors=True).eval().to(_device(arguments))
+        folder = write_question_videos(
+            arguments.dataset,
+            arguments.questions,
+            model,
+            arguments.output_dir,
+            probe=SlotProbe.from_pretrained(arguments.probe or name),
+            contact_distance=0.75 if arguments.contact_distance is None else arguments.contact_distance,
+            world_model_name=Path(name).resolve().name if Path(name).exists() else name,
+            **shared,
+        )
     metadata = read_json(folder / METADATA_FILE)
     if arguments.json:
         print(json.dumps(metadata))

@@ -3,12 +3,13 @@ The videos that questions in CLEVRER's language are answered from: what was obse
 for what happens next, and for every "what if" the video without that object, as a world model imagines it.
 
 [`write_question_videos`] makes them for all questions of a slot dataset, to train and evaluate an ALOE on what
-`pipeline("video-question-answering")` shows it.
+`pipeline("video-question-answering")` shows it; [`write_true_question_videos`] the same with the simulator in the world
+model's place, which is what a perfect one would imagine.
 """
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,24 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from .data.clevrer import ClevrerFolder, question_episode, read_json, video_names
-from .data.extract import weights_hash
+from .data.clevrer import ClevrerFolder, question_episode, read_json, scene_index, video_names
+from .data.extract import drawn_size, encode_videos, open_encoder, weights_hash
 from .data.slots import (
     METADATA_FILE,
+    SlotDataset,
     SlotDatasetWriter,
     fingerprint,
     frame_columns,
     is_finished,
     load_slot_dataset,
 )
+from .data.state_slots import STATE_ENCODER, state_encoder, state_slots
+from .data.video import FrameVideo
 from .imagination import extend_video, first_contact, is_empty, remove_object
 from .models.aloe import QUESTION_TYPES
 from .models.cjepa import CJepaModel
+from .simulators.collisions import VISIBLE_FRAMES, CollisionWorld
+from .simulators.rendering import render_collisions
 from .slot_probe import SlotProbe
 
 __all__ = [
@@ -37,6 +43,7 @@ __all__ = [
     "question_type_of",
     "removed_object",
     "write_question_videos",
+    "write_true_question_videos",
 ]
 
 _REMOVED = re.compile(r"\bwithout the ([^,?]+)|\bif the ([^,?]+?) is removed", re.IGNORECASE)
@@ -139,17 +146,11 @@ def write_question_videos(
     questions nothing is written again. Raises `ValueError` for videos of several lengths, parts that do not fit, and a split
     whose videos no question is about.
     """
-    counts = {"num_future_frames": num_future_frames, "batch_size": batch_size, **(num_videos or {})}
-    for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r} must be a positive integer")
     if not 0 < contact_distance < float("inf"):
         raise ValueError(f"contact_distance={contact_distance} must be a positive number, 0.75 in the collision world")
-    folder, output_dir = ClevrerFolder(questions), Path(output_dir)
-    metadata = read_json(Path(dataset) / METADATA_FILE)
-    chosen = [split for split in metadata["splits"] if splits is None or split in splits]
-    if not chosen or (splits is not None and set(splits) - set(chosen)):
-        raise ValueError(f"splits are {list(splits or [])}: {dataset} has {', '.join(metadata['splits'])}")
+    _check_counts(num_future_frames, batch_size, num_videos)
+    output_dir = Path(output_dir)
+    asked, arguments = _questions_about(dataset, questions, splits)
     if probe.empty_slot is None:
         raise ValueError("the probe does not know what an empty slot looks like: fit it with slots without object")
     if not probe.has_positions:
@@ -157,43 +158,21 @@ def write_question_videos(
     if world_model.config.action_size:
         raise ValueError("the world model takes actions, which nobody takes in these videos: use one without")
     skip = world_model.config.frame_skip
-    asked = {split: folder.questions(split) for split in chosen}
-    arguments = {
-        "frame_skip": metadata["frame_skip"],
-        "encoder": metadata["encoder"],
-        "source": {
-            "name": Path(dataset).resolve().name,
-            "fingerprint": metadata["fingerprint"],
-            "world_model": world_model_name,
-            "weights_hash": weights_hash(world_model),
-            "probe_hash": probe.fingerprint(),
-            "questions_hash": fingerprint(
-                [
-                    [scene["scene_index"], question["question_id"], question["question"]]
-                    for scenes in asked.values()
-                    for scene in scenes
-                    for question in scene["questions"]
-                ]
-            ),
-            "num_future_frames": num_future_frames,
-            "contact_distance": contact_distance,
-            "num_videos": num_videos,
-            "splits": chosen,
-        },
-        "fps": metadata["fps"],
+    arguments["source"] |= {
+        "world_model": world_model_name,
+        "weights_hash": weights_hash(world_model),
+        "probe_hash": probe.fingerprint(),
+        "num_future_frames": num_future_frames,
+        "contact_distance": contact_distance,
+        "num_videos": num_videos,
     }
     if is_finished(output_dir, arguments):
         return output_dir
     writer = SlotDatasetWriter(output_dir, frames_per_file=frames_per_file, **arguments)
-    for split in chosen:
+    for split in asked:
         data = load_slot_dataset(dataset, split)
         column = frame_columns(data.data, ["slots"])["slots"]
-        names = data.data.with_format(None)["episode_id"]
-        scenes = {name: scene for scene in asked[split] for name in video_names(scene)}
-        if not any(name in scenes for name in names):
-            raise ValueError(
-                f"no question of the split {split!r} is about {names[0]}, ...; they are about {next(iter(scenes), 'nothing')}"
-            )
+        names, scenes = _names_and_scenes(data, split, asked[split])
         wanted = list(range(len(data)))[: (num_videos or {}).get(split)]
         lengths = {int(data.lengths[index]) for index in wanted}
         if len(lengths) != 1:
@@ -237,6 +216,173 @@ def write_question_videos(
                     if name not in done:
                         writer.write(split, {"episode_id": name, "slots": video})
     return writer.close()
+
+
+def write_true_question_videos(
+    dataset: str | os.PathLike,
+    questions: str | os.PathLike,
+    output_dir: str | os.PathLike,
+    *,
+    encoder: str | os.PathLike | torch.nn.Module | None = None,
+    splits: Sequence[str] | None = None,
+    num_future_frames: int = 32,
+    num_videos: dict[str, int] | None = None,
+    device: str | torch.device | None = None,
+    batch_size: int = 64,
+    frames_per_file: int = 16384,
+    progress: bool = True,
+) -> Path:
+    """
+    Write what [`write_question_videos`] writes with the simulator in the world model's place: what really happens after a
+    video of the collision world, and without an object. An ALOE's answers from these tell how much the imagination costs.
+
+    Args:
+        dataset: slot dataset whose episodes are named after videos; says which videos, and by which encoder.
+        questions: folder that `cjepa-hf collect collisions` wrote, with the worlds' initial states.
+        encoder: that of `dataset`, model, folder or Hub id; not needed for true states.
+        num_videos: for a split, how many videos to take (default: all).
+        batch_size: videos at a time.
+
+    Raises `ValueError` for another encoder than that of `dataset`, and where there are no initial states.
+    """
+    _check_counts(num_future_frames, batch_size, num_videos)
+    folder, output_dir = ClevrerFolder(questions), Path(output_dir)
+    asked, arguments = _questions_about(dataset, questions, splits)
+    encode = _state_encoder(arguments["encoder"], encoder, device)
+    arguments["source"] |= {
+        "world_model": "simulator",
+        "num_future_frames": num_future_frames,
+        "contact_distance": None,
+        "num_videos": num_videos,
+    }
+    if is_finished(output_dir, arguments):
+        return output_dir
+    writer = SlotDatasetWriter(output_dir, frames_per_file=frames_per_file, **arguments)
+    for split in asked:
+        data = load_slot_dataset(dataset, split, check_values=False)
+        names, scenes = _names_and_scenes(data, split, asked[split])
+        starts, done = folder.files("predictions", split), writer.finished(split)
+        wanted = names[: (num_videos or {}).get(split)]
+        bar = tqdm(range(0, len(wanted), batch_size), desc=f"true videos, {split}", unit="batch", disable=not progress)
+        for start in bar:
+            waiting: list[tuple[str, CollisionWorld, int]] = []
+            for name in wanted[start : start + batch_size]:
+                world = _initial_world(starts, name)
+                waiting.append((name, world, VISIBLE_FRAMES + num_future_frames))
+                for question in scenes.get(name, {"questions": ()})["questions"]:
+                    if question["question_type"] != "counterfactual":
+                        continue
+                    own = question_episode(name, question["question_id"])
+                    try:
+                        without = world.without(_described_id(world, removed_object(question["question"])))
+                        waiting.append((own, without, VISIBLE_FRAMES))
+                    except ValueError as error:
+                        writer.skipped.append({"episode_id": own, "split": split, "reason": str(error)})
+            waiting = [job for job in waiting if job[0] not in done]
+            states = [world.simulate(length).states[:length].astype(np.float32) for _, world, length in waiting]
+            for (name, _, _), slots in zip(waiting, encode([name for name, _, _ in waiting], states), strict=True):
+                writer.write(split, {"episode_id": name, "slots": slots})
+    return writer.close()
+
+
+def _check_counts(num_future_frames, batch_size, num_videos) -> None:
+    counts = {"num_future_frames": num_future_frames, "batch_size": batch_size, **(num_videos or {})}
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r} must be a positive integer")
+
+
+def _questions_about(dataset, questions, splits) -> tuple[dict[str, list[dict]], dict[str, Any]]:
+    """The scenes of every split's question file, and what the dataset of their videos records."""
+    folder, metadata = ClevrerFolder(questions), read_json(Path(dataset) / METADATA_FILE)
+    chosen = [split for split in metadata["splits"] if splits is None or split in splits]
+    if not chosen or (splits is not None and set(splits) - set(chosen)):
+        raise ValueError(f"splits are {list(splits or [])}: {dataset} has {', '.join(metadata['splits'])}")
+    asked = {split: folder.questions(split) for split in chosen}
+    texts = [
+        [scene["scene_index"], question["question_id"], question["question"]]
+        for scenes in asked.values()
+        for scene in scenes
+        for question in scene["questions"]
+    ]
+    source = {
+        "name": Path(dataset).resolve().name,
+        "fingerprint": metadata["fingerprint"],
+        "questions_hash": fingerprint(texts),
+        "splits": chosen,
+    }
+    recorded = {"frame_skip": metadata["frame_skip"], "encoder": metadata["encoder"], "fps": metadata["fps"]}
+    return asked, recorded | {"source": source}
+
+
+def _names_and_scenes(data: SlotDataset, split: str, asked: list[dict]) -> tuple[list[str], dict[str, dict]]:
+    """The videos of a split, and the scene of the question file by every name that its video may have."""
+    names = list(data.data.with_format(None)["episode_id"])
+    scenes = {name: scene for scene in asked for name in video_names(scene)}
+    if not any(name in scenes for name in names):
+        raise ValueError(
+            f"no question of the split {split!r} is about {names[0]}, ...; they are about "
+            f"{next(iter(scenes), 'nothing')}"
+        )
+    return names, scenes
+
+
+def _initial_world(starts: Mapping[int, Path], name: str) -> CollisionWorld:
+    path = starts.get(scene_index(name))
+    content = {} if path is None else read_json(path)
+    if "initial_state" not in content:
+        raise ValueError(
+            f"{path or f'no file of predictions for {name}'}: expected the initial state that `cjepa-hf collect collisions` "
+            "writes there; other videos cannot be simulated"
+        )
+    return CollisionWorld.from_dict(content["initial_state"])
+
+
+def _described_id(world: CollisionWorld, words: str) -> int:
+    """The id of the only object that has all of the words; `ValueError` if there is none or more."""
+    wanted = set(words.split()) - {"object"}
+    found = [i for i, item in zip(world.ids, world.objects) if wanted <= set(item.description.split())]
+    if len(found) != 1:
+        known = ", ".join(item.description for item in world.objects)
+        raise ValueError(f"{len(found)} objects are a {words!r}; there are {known}")
+    return found[0]
+
+
+def _state_encoder(recorded: Mapping[str, Any], encoder, device) -> Callable:
+    """What turns names and states of videos into slots as the encoder that a dataset records."""
+    if recorded["name"] == STATE_ENCODER:
+        if encoder not in (None, STATE_ENCODER):
+            raise ValueError(f"encoder={encoder!r}: the dataset holds true states")
+        size, velocities = len(recorded["empty_slot"]), bool(recorded["velocities"])
+        if state_encoder(size, velocities)["config_hash"] != recorded["config_hash"]:
+            raise ValueError(
+                "the dataset's true states were made by another version of this library: extract them again"
+            )
+        return lambda names, states: [state_slots(s, slot_size=size, velocities=velocities) for s in states]
+    if encoder is None:
+        raise ValueError(f"the dataset was made by {recorded['name']!r}: give that encoder")
+    model, processor, description = open_encoder(encoder, None, None, device)
+    for name in ("config_hash", "weights_hash"):
+        if description[name] != recorded.get(name):
+            raise ValueError(
+                f"{description['name']} is not the encoder of the dataset, {recorded['name']!r}: {name} differs"
+            )
+    resolution = drawn_size(model)
+
+    def encode(names: Sequence[str], states: Sequence[np.ndarray]) -> list[np.ndarray]:
+        def video(name, rows):
+            return FrameVideo(
+                lambda: lambda part: render_collisions(rows[part], resolution=resolution), len(rows), name
+            )
+
+        group = [video(name, rows) for name, rows in zip(names, states, strict=True)]
+        done = next(encode_videos([group], model, processor, seed=recorded.get("seed", 0)))
+        for encoded in done:
+            if encoded.error is not None:
+                raise ValueError(f"{encoded.video.name}: the encoder failed: {encoded.error}") from encoded.error
+        return [np.concatenate(encoded.slots) for encoded in done]
+
+    return encode
 
 
 def describe_skipped(skipped: Sequence[Mapping[str, Any]]) -> str:

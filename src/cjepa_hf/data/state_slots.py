@@ -21,7 +21,7 @@ from ..simulators.rendering import COLORS, MATERIALS, MAX_OBJECTS, OBJECT_STATE_
 from .clevrer import SPLITS, ClevrerFolder, read_json
 from .slots import SlotDatasetWriter, fingerprint, is_finished
 
-__all__ = ["OBJECT_PAIRS", "annotation_states", "empty_slot", "state_slots", "write_state_slots"]
+__all__ = ["OBJECT_PAIRS", "annotation_states", "empty_slot", "state_encoder", "state_slots", "write_state_slots"]
 
 STATE_ENCODER = "state"
 OBJECT_PAIRS = tuple(itertools.combinations(range(MAX_OBJECTS), 2))  # columns of `contacts`
@@ -79,6 +79,16 @@ def state_slots(
 def empty_slot(slot_size: int = 64) -> np.ndarray:
     """The slot of a place without object, float32 [slot_size]."""
     return _directions(slot_size)[2].astype(np.float32)
+
+
+def state_encoder(slot_size: int = 64, velocities: bool = False) -> dict[str, Any]:
+    """What a slot dataset records of slots made by [`state_slots`]."""
+    return {
+        "name": STATE_ENCODER,
+        "config_hash": fingerprint({"slot_size": slot_size, "velocities": velocities, "version": 1}),
+        "velocities": velocities,
+        "empty_slot": empty_slot(slot_size).tolist(),
+    }
 
 
 def annotation_states(annotation: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -154,15 +164,9 @@ def write_state_slots(
         raise ValueError(
             f"{source} has no annotations (annotation_00000.json, ...): make scenes with `cjepa-hf collect collisions`"
         )
-    encoder = {
-        "name": STATE_ENCODER,
-        "config_hash": fingerprint({"slot_size": slot_size, "velocities": velocities, "version": 1}),
-        "velocities": velocities,
-        "empty_slot": empty_slot(slot_size).tolist(),
-    }
     arguments = {
         "frame_skip": frame_skip,
-        "encoder": encoder,
+        "encoder": state_encoder(slot_size, velocities),
         "source": {"name": Path(source).resolve().name, "splits": {split: len(found) for split, found in files.items()},
                    "num_frames": num_frames},
         "fps": _FPS,
