@@ -2,6 +2,7 @@
 
     pip install "cjepa-hf[swm]" pygame shapely imageio
     python benchmarks/stable_worldmodel_push_t.py --output benchmarks/results/pusht-25_stable_worldmodel.json
+    python benchmarks/stable_worldmodel_push_t.py --samples 300 --steps 30 --elites 30 --num-tasks 50     # the paper's planner
 
 Their `World` draws the frames (pygame, 224 px, made smaller to what the encoder takes), moves the block and says what a success
 is; their `CEMSolver` and `WorldModelPolicy` plan (300 plans, 30 rounds, 5 steps of 5 actions ahead, new plans when those are
@@ -21,6 +22,7 @@ from stable_worldmodel.policy import PlanConfig, WorldModelPolicy
 from cjepa_hf import bundled_checkpoint
 from cjepa_hf.evaluation.metrics import success_rate
 from cjepa_hf.evaluation.protocols import load_protocol, measured_on
+from cjepa_hf.evaluation.push_t import select_tasks
 from cjepa_hf.planning.stable_worldmodel import StableWorldModelCost
 
 try:
@@ -47,23 +49,26 @@ def play(cost, tasks, args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(bundled_checkpoint()), help="(default: the shipped one)")
-    parser.add_argument("--protocol", default="pusht-25")
-    parser.add_argument("--num-tasks", type=int, default=50, help="the first ones (default: %(default)s)")
-    parser.add_argument("--samples", type=int, default=300)
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--elites", type=int, default=30)
+    parser.add_argument("--protocol", default="pusht-25", choices=["pusht-25", "pusht-25-validation"])
+    parser.add_argument("--num-tasks", type=int, help="only the first ones (default: all)")
+    parser.add_argument("--samples", type=int, default=100, help="(default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=10, help="(default: %(default)s)")
+    parser.add_argument("--elites", type=int, default=15, help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
     frozen = load_protocol(args.protocol)
-    args.budget = frozen["budget"]
-    tasks = {key: value[: args.num_tasks] for key, value in frozen["tasks"].items()}
+    args.budget, tasks = frozen["budget"], select_tasks(frozen, args.num_tasks)
     cost = StableWorldModelCost.from_pretrained(args.model)
-    cost.objective.proprio_weight = 0.0  # as the protocol says
+    cost.objective.proprio_weight = frozen["goal_proprio_weight"]
     successes, seconds = play(cost, tasks, args)
     results = {
-        "protocol": {key: value for key, value in frozen.items() if key != "tasks"},
-        "model": "the shipped one" if args.model == str(bundled_checkpoint()) else args.model,
+        "protocol": {
+            key: frozen[key] for key in ("name", "version", "goal_offset", "budget", "goal_proprio_weight", "source")
+        },
+        "model": "the shipped one" if args.model == str(bundled_checkpoint()) else Path(args.model).name,
         "environment": "swm/PushT-v1",
         "planner": f"their CEM, {args.samples} x {args.steps}, {args.elites} elites, horizon 5, receding 5",
         "seed": args.seed,

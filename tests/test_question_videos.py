@@ -343,9 +343,28 @@ def test_the_simulators_videos_are_seen_by_the_datasets_own_encoder(scenes, tmp_
     assert len(true) > len(seen)
 
 
+def test_other_scenes_than_those_of_the_slots_are_refused_and_nothing_is_left(scenes, tmp_path):
+    other = collect_collisions(tmp_path / "other", num_scenes={"test": 2}, seed=4, num_workers=1, progress=False)
+    write_state_slots(other, tmp_path / "slots", progress=False)
+    with pytest.raises(ValueError, match="slots of video_00000 differ by up to"):
+        write_true_question_videos(tmp_path / "slots", scenes, tmp_path / "true", progress=False)
+    with pytest.raises(ValueError, match="num_videos names train: expected some of test"):
+        write_true_question_videos(
+            tmp_path / "slots", other, tmp_path / "true", num_videos={"train": 1}, progress=False
+        )
+    write_true_question_videos(tmp_path / "slots", other, tmp_path / "true", progress=False)
+    drawn = load_slot_dataset(tmp_path / "slots", "test").data.with_format("numpy")
+    episodes = [{"episode_id": row["episode_id"], "slots": np.asarray(row["slots"])[:64]} for row in drawn]
+    write_slot_dataset(tmp_path / "short", {"test": episodes}, frame_skip=4, encoder=state_encoder())
+    with pytest.raises(ValueError, match="have 64 to 64 frames: expected 128"):
+        write_true_question_videos(tmp_path / "short", other, tmp_path / "false", progress=False)
+
+
 def test_what_the_simulator_did_not_make_it_does_not_continue(folder, tmp_path):
     with pytest.raises(ValueError, match="give that encoder"):
         write_true_question_videos(folder / "slots", folder, tmp_path / "true", progress=False)
+    with pytest.raises(ValueError, match="give that encoder"):
+        write_true_question_videos(folder / "slots", folder, tmp_path / "true", encoder="state", progress=False)
     episodes = [{"episode_id": "video_00000", "slots": np.zeros((128, 6, 64), np.float32)}]
     write_slot_dataset(tmp_path / "slots", {"train": episodes}, frame_skip=4, encoder=state_encoder())
     with pytest.raises(ValueError, match="no file of predictions for video_00000"):

@@ -502,7 +502,7 @@ def imagine_questions(arguments, _) -> None:
             arguments.dataset,
             arguments.questions,
             arguments.output_dir,
-            encoder=arguments.encoder,
+            encoder=arguments.encoder if arguments.encoder in (None, "state") else _model(arguments.encoder),
             device=_device(arguments),
             **shared,
         )

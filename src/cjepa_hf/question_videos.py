@@ -46,6 +46,8 @@ __all__ = [
     "write_true_question_videos",
 ]
 
+SAME_SLOTS = 0.01  # differences up to here come from rounding: of annotations, of float16, of another machine
+
 _REMOVED = re.compile(r"\bwithout the ([^,?]+)|\bif the ([^,?]+?) is removed", re.IGNORECASE)
 
 
@@ -150,7 +152,7 @@ def write_question_videos(
         raise ValueError(f"contact_distance={contact_distance} must be a positive number, 0.75 in the collision world")
     _check_counts(num_future_frames, batch_size, num_videos)
     output_dir = Path(output_dir)
-    asked, arguments = _questions_about(dataset, questions, splits)
+    asked, arguments = _questions_about(dataset, questions, splits, num_videos)
     if probe.empty_slot is None:
         raise ValueError("the probe does not know what an empty slot looks like: fit it with slots without object")
     if not probe.has_positions:
@@ -243,11 +245,12 @@ def write_true_question_videos(
         num_videos: for a split, how many videos to take (default: all).
         batch_size: videos at a time.
 
-    Raises `ValueError` for another encoder than that of `dataset`, and where there are no initial states.
+    Raises `ValueError` for another encoder than that of `dataset`, where there are no initial states, and where they do not
+    lead to the videos of `dataset` (the first of every split is compared).
     """
     _check_counts(num_future_frames, batch_size, num_videos)
     folder, output_dir = ClevrerFolder(questions), Path(output_dir)
-    asked, arguments = _questions_about(dataset, questions, splits)
+    asked, arguments = _questions_about(dataset, questions, splits, num_videos)
     encode = _state_encoder(arguments["encoder"], encoder, device)
     arguments["source"] |= {
         "world_model": "simulator",
@@ -257,12 +260,22 @@ def write_true_question_videos(
     }
     if is_finished(output_dir, arguments):
         return output_dir
-    writer = SlotDatasetWriter(output_dir, frames_per_file=frames_per_file, **arguments)
-    for split in asked:
+    named = {}
+    for split in asked:  # before anything is written
         data = load_slot_dataset(dataset, split, check_values=False)
         names, scenes = _names_and_scenes(data, split, asked[split])
-        starts, done = folder.files("predictions", split), writer.finished(split)
         wanted = names[: (num_videos or {}).get(split)]
+        lengths = data.lengths[: len(wanted)]
+        if (lengths != VISIBLE_FRAMES).any():
+            raise ValueError(
+                f"videos of {dataset} have {lengths.min()} to {lengths.max()} frames: expected {VISIBLE_FRAMES}, as simulated"
+            )
+        starts = folder.files("predictions", split)
+        _require_same_video(data, _initial_world(starts, wanted[0]), wanted[0], encode, questions)
+        named[split] = wanted, scenes, starts
+    writer = SlotDatasetWriter(output_dir, frames_per_file=frames_per_file, **arguments)
+    for split, (wanted, scenes, starts) in named.items():
+        done = writer.finished(split)
         bar = tqdm(range(0, len(wanted), batch_size), desc=f"true videos, {split}", unit="batch", disable=not progress)
         for start in bar:
             waiting: list[tuple[str, CollisionWorld, int]] = []
@@ -279,10 +292,27 @@ def write_true_question_videos(
                     except ValueError as error:
                         writer.skipped.append({"episode_id": own, "split": split, "reason": str(error)})
             waiting = [job for job in waiting if job[0] not in done]
-            states = [world.simulate(length).states[:length].astype(np.float32) for _, world, length in waiting]
+            states = [_states(world, length) for _, world, length in waiting]
             for (name, _, _), slots in zip(waiting, encode([name for name, _, _ in waiting], states), strict=True):
                 writer.write(split, {"episode_id": name, "slots": slots})
     return writer.close()
+
+
+def _states(world: CollisionWorld, length: int) -> np.ndarray:
+    """float32 [length, 60], as collected scenes hold them."""
+    return world.simulate(length).states[:length].astype(np.float32)
+
+
+def _require_same_video(data: SlotDataset, world: CollisionWorld, name: str, encode: Callable, questions) -> None:
+    """That the first video of a dataset is what the simulator and the encoder make of its initial state."""
+    seen = frame_columns(data.data, ["slots"])["slots"].gather(np.array([0]), np.arange(VISIBLE_FRAMES)[None])[0]
+    (made,) = encode([name], [_states(world, VISIBLE_FRAMES)])
+    difference = np.abs(made - seen).max() if made.shape == seen.shape else np.inf
+    if not difference < SAME_SLOTS:
+        raise ValueError(
+            f"{data.name}: the slots of {name} differ by up to {difference:.3g} from those of the scene in {questions}: give "
+            "the scenes that they were extracted from, drawn from states at the encoder's size"
+        )
 
 
 def _check_counts(num_future_frames, batch_size, num_videos) -> None:
@@ -292,12 +322,14 @@ def _check_counts(num_future_frames, batch_size, num_videos) -> None:
             raise ValueError(f"{name}={value!r} must be a positive integer")
 
 
-def _questions_about(dataset, questions, splits) -> tuple[dict[str, list[dict]], dict[str, Any]]:
+def _questions_about(dataset, questions, splits, num_videos) -> tuple[dict[str, list[dict]], dict[str, Any]]:
     """The scenes of every split's question file, and what the dataset of their videos records."""
     folder, metadata = ClevrerFolder(questions), read_json(Path(dataset) / METADATA_FILE)
     chosen = [split for split in metadata["splits"] if splits is None or split in splits]
     if not chosen or (splits is not None and set(splits) - set(chosen)):
         raise ValueError(f"splits are {list(splits or [])}: {dataset} has {', '.join(metadata['splits'])}")
+    if unknown := (num_videos or {}).keys() - set(chosen):
+        raise ValueError(f"num_videos names {', '.join(sorted(unknown))}: expected some of {', '.join(chosen)}")
     asked = {split: folder.questions(split) for split in chosen}
     texts = [
         [scene["scene_index"], question["question_id"], question["question"]]
@@ -340,7 +372,7 @@ def _initial_world(starts: Mapping[int, Path], name: str) -> CollisionWorld:
 
 def _described_id(world: CollisionWorld, words: str) -> int:
     """The id of the only object that has all of the words; `ValueError` if there is none or more."""
-    wanted = set(words.split()) - {"object"}
+    wanted = set(words.lower().split()) - {"object"}
     found = [i for i, item in zip(world.ids, world.objects) if wanted <= set(item.description.split())]
     if len(found) != 1:
         known = ", ".join(item.description for item in world.objects)
@@ -350,7 +382,7 @@ def _described_id(world: CollisionWorld, words: str) -> int:
 
 def _state_encoder(recorded: Mapping[str, Any], encoder, device) -> Callable:
     """What turns names and states of videos into slots as the encoder that a dataset records."""
-    if recorded["name"] == STATE_ENCODER:
+    if recorded["name"] == STATE_ENCODER and "velocities" in recorded:  # a folder may be called so too
         if encoder not in (None, STATE_ENCODER):
             raise ValueError(f"encoder={encoder!r}: the dataset holds true states")
         size, velocities = len(recorded["empty_slot"]), bool(recorded["velocities"])
@@ -359,9 +391,9 @@ def _state_encoder(recorded: Mapping[str, Any], encoder, device) -> Callable:
                 "the dataset's true states were made by another version of this library: extract them again"
             )
         return lambda names, states: [state_slots(s, slot_size=size, velocities=velocities) for s in states]
-    if encoder is None:
+    if encoder is None or encoder == STATE_ENCODER:
         raise ValueError(f"the dataset was made by {recorded['name']!r}: give that encoder")
-    model, processor, description = open_encoder(encoder, None, None, device)
+    model, processor, description = open_encoder(encoder, recorded.get("revision"), None, device)
     for name in ("config_hash", "weights_hash"):
         if description[name] != recorded.get(name):
             raise ValueError(
