@@ -5,8 +5,8 @@
     python benchmarks/stable_worldmodel_push_t.py --samples 300 --steps 30 --elites 30 --num-tasks 50     # the paper's planner
 
 Their `World` draws the frames (pygame, 224 px, made smaller to what the encoder takes), moves the block and says what a success
-is; their `CEMSolver` and `WorldModelPolicy` plan (300 plans, 30 rounds, 5 steps of 5 actions ahead, new plans when those are
-done: the paper's). Ours is the cost alone. Start and goal states are those of the protocol.
+is; their `CEMSolver` and `WorldModelPolicy` plan 5 steps of 5 actions ahead, and again when those are done. Ours is the cost alone.
+Start and goal states are those of the protocol.
 """
 
 import argparse

@@ -356,7 +356,7 @@ def test_other_scenes_than_those_of_the_slots_are_refused_and_nothing_is_left(sc
     drawn = load_slot_dataset(tmp_path / "slots", "test").data.with_format("numpy")
     episodes = [{"episode_id": row["episode_id"], "slots": np.asarray(row["slots"])[:64]} for row in drawn]
     write_slot_dataset(tmp_path / "short", {"test": episodes}, frame_skip=4, encoder=state_encoder())
-    with pytest.raises(ValueError, match="have 64 to 64 frames: expected 128"):
+    with pytest.raises(ValueError, match="has 64 frames: expected 128"):
         write_true_question_videos(tmp_path / "short", other, tmp_path / "false", progress=False)
 
 

@@ -9,7 +9,7 @@ model's place, which is what a perfect one would imagine.
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .data.clevrer import ClevrerFolder, question_episode, read_json, scene_index, video_names
-from .data.extract import drawn_size, encode_videos, open_encoder, weights_hash
+from .data.extract import drawn_size, encode_scenes, open_encoder, weights_hash
 from .data.slots import (
     METADATA_FILE,
     SlotDataset,
@@ -29,12 +29,10 @@ from .data.slots import (
     load_slot_dataset,
 )
 from .data.state_slots import STATE_ENCODER, state_encoder, state_slots
-from .data.video import FrameVideo
 from .imagination import extend_video, first_contact, is_empty, remove_object
 from .models.aloe import QUESTION_TYPES
 from .models.cjepa import CJepaModel
 from .simulators.collisions import VISIBLE_FRAMES, CollisionWorld
-from .simulators.rendering import render_collisions
 from .slot_probe import SlotProbe
 
 __all__ = [
@@ -188,12 +186,9 @@ def write_question_videos(
             slots = slots.to(world_model.device)
             never = is_empty(slots, probe.empty_slot).all(dim=1)  # [B, N]
             for row, index in enumerate(part):
-                for question in scenes.get(names[index], {"questions": ()})["questions"]:
-                    if question["question_type"] != "counterfactual":
-                        continue
-                    name = question_episode(names[index], question["question_id"])
+                for name, question in _counterfactuals(scenes, names[index]):
                     try:
-                        slot = probe.find(slots[row], removed_object(question["question"]))
+                        slot = probe.find(slots[row], removed_object(question))
                         if never[row, slot]:
                             raise ValueError(f"slot {slot} looks empty in all frames")
                         waiting.append((row, name, slot))
@@ -268,7 +263,8 @@ def write_true_question_videos(
         lengths = data.lengths[: len(wanted)]
         if (lengths != VISIBLE_FRAMES).any():
             raise ValueError(
-                f"videos of {dataset} have {lengths.min()} to {lengths.max()} frames: expected {VISIBLE_FRAMES}, as simulated"
+                f"a video of {dataset} has {lengths[lengths != VISIBLE_FRAMES][0]} frames: expected {VISIBLE_FRAMES}, as "
+                "simulated"
             )
         starts = folder.files("predictions", split)
         _require_same_video(data, _initial_world(starts, wanted[0]), wanted[0], encode, questions)
@@ -282,12 +278,9 @@ def write_true_question_videos(
             for name in wanted[start : start + batch_size]:
                 world = _initial_world(starts, name)
                 waiting.append((name, world, VISIBLE_FRAMES + num_future_frames))
-                for question in scenes.get(name, {"questions": ()})["questions"]:
-                    if question["question_type"] != "counterfactual":
-                        continue
-                    own = question_episode(name, question["question_id"])
+                for own, question in _counterfactuals(scenes, name):
                     try:
-                        without = world.without(_described_id(world, removed_object(question["question"])))
+                        without = world.without(_described_id(world, removed_object(question)))
                         waiting.append((own, without, VISIBLE_FRAMES))
                     except ValueError as error:
                         writer.skipped.append({"episode_id": own, "split": split, "reason": str(error)})
@@ -359,7 +352,15 @@ def _names_and_scenes(data: SlotDataset, split: str, asked: list[dict]) -> tuple
     return names, scenes
 
 
+def _counterfactuals(scenes: Mapping[str, dict], name: str) -> Iterator[tuple[str, str]]:
+    """The counterfactual questions about a video: the name of each one's own video, and its text."""
+    for question in scenes.get(name, {"questions": ()})["questions"]:
+        if question["question_type"] == "counterfactual":
+            yield question_episode(name, question["question_id"]), question["question"]
+
+
 def _initial_world(starts: Mapping[int, Path], name: str) -> CollisionWorld:
+    """The scene of video `name` at its start; `starts`: files of predictions by the number of the scene."""
     path = starts.get(scene_index(name))
     content = {} if path is None else read_json(path)
     if "initial_state" not in content:
@@ -381,7 +382,10 @@ def _described_id(world: CollisionWorld, words: str) -> int:
 
 
 def _state_encoder(recorded: Mapping[str, Any], encoder, device) -> Callable:
-    """What turns names and states of videos into slots as the encoder that a dataset records."""
+    """
+    The encoder that a dataset records, as a function of the names of videos and their states, float32 [T, 60] each, that
+    returns their slots [T, N, D]. `ValueError` where `encoder` (model, folder or Hub id) is another one.
+    """
     if recorded["name"] == STATE_ENCODER and "velocities" in recorded:  # a folder may be called so too
         if encoder not in (None, STATE_ENCODER):
             raise ValueError(f"encoder={encoder!r}: the dataset holds true states")
@@ -402,16 +406,9 @@ def _state_encoder(recorded: Mapping[str, Any], encoder, device) -> Callable:
     resolution = drawn_size(model)
 
     def encode(names: Sequence[str], states: Sequence[np.ndarray]) -> list[np.ndarray]:
-        def video(name, rows):
-            return FrameVideo(
-                lambda: lambda part: render_collisions(rows[part], resolution=resolution), len(rows), name
-            )
-
-        group = [video(name, rows) for name, rows in zip(names, states, strict=True)]
-        done = next(encode_videos([group], model, processor, seed=recorded.get("seed", 0)))
-        for encoded in done:
-            if encoded.error is not None:
-                raise ValueError(f"{encoded.video.name}: the encoder failed: {encoded.error}") from encoded.error
+        done = encode_scenes(
+            zip(names, states, strict=True), model, processor, resolution=resolution, seed=recorded.get("seed", 0)
+        )
         return [np.concatenate(encoded.slots) for encoded in done]
 
     return encode

@@ -24,10 +24,11 @@ from transformers import AutoImageProcessor, AutoModel
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 from transformers.utils import cached_file, extract_commit_hash
 
+from ..simulators.rendering import render_collisions
 from .slots import METADATA_FILE, PARTIAL_FOLDER, SlotDatasetWriter, fingerprint, is_finished
-from .video import Video, check_lengths, open_source
+from .video import FrameVideo, Video, check_lengths, open_source
 
-__all__ = ["encode_videos", "extract_slots"]
+__all__ = ["encode_scenes", "encode_videos", "extract_slots"]
 
 logger = logging.getLogger(__name__)
 
@@ -400,6 +401,44 @@ def encode_videos(
     finally:
         pool.shutdown(cancel_futures=True)
         model.train(was_training)
+
+
+def encode_scenes(
+    scenes: Iterable[tuple[str, np.ndarray]],
+    model: torch.nn.Module,
+    image_processor: Callable | None = None,
+    *,
+    resolution: int,
+    group_size: int = 64,
+    **options,
+) -> Iterator[Encoded]:
+    """
+    Draw collision scenes and encode them.
+
+    Args:
+        scenes: (name, states [T, 60]) of each.
+        resolution: pixels per side of the frames.
+        group_size: scenes that are encoded together.
+        options: of [`encode_videos`].
+
+    Yields [`Encoded`] of every scene. Raises `ValueError` where the encoder fails.
+    """
+
+    def video(name: str, states: np.ndarray) -> Video:
+        return FrameVideo(
+            lambda: lambda part: render_collisions(states[part], resolution=resolution), len(states), name
+        )
+
+    def groups() -> Iterator[list[Video]]:
+        left = iter(scenes)
+        while group := [video(*scene) for scene in itertools.islice(left, group_size)]:
+            yield group
+
+    for done in encode_videos(groups(), model, image_processor, **options):
+        for encoded in done:
+            if encoded.error is not None:
+                raise ValueError(f"{encoded.video.name}: the encoder failed: {encoded.error}") from encoded.error
+            yield encoded
 
 
 def _encode_frames(jobs, encode, batch_size, update) -> list[Encoded]:

@@ -7,10 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..data.extract import drawn_size, encode_videos, open_encoder
+from ..data.extract import drawn_size, encode_scenes, open_encoder
 from ..data.slots import load_slot_dataset
 from ..data.state_slots import empty_slot, state_slots
-from ..data.video import FrameVideo
 from ..models.cjepa.modeling_cjepa import solve_assignment
 from ..simulators.collisions import VISIBLE_FRAMES
 from ..simulators.rendering import (
@@ -21,7 +20,6 @@ from ..simulators.rendering import (
     OBJECT_STATE_NAMES,
     SHAPES,
     VIEW_SIZE,
-    render_collisions,
 )
 from ..slot_probe import SlotProbe
 
@@ -125,19 +123,11 @@ class PixelSlots:
         self.probe: SlotProbe | None = None
 
     def _encode(self, states: np.ndarray, keep_masks: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-        def video(number):
-            def read(part):
-                return render_collisions(states[number, part], resolution=self.resolution)
-
-            return FrameVideo(lambda: read, states.shape[1], f"video_{number:05d}")
-
-        groups = [[video(number)] for number in range(len(states))]
         slots, centers = [], []
-        for (encoded,) in encode_videos(
-            groups, self.model, self.processor, num_videos=1, seed=self.seed, keep_masks=keep_masks
-        ):
-            if encoded.error is not None:
-                raise ValueError(f"the encoder failed: {encoded.error}") from encoded.error
+        for encoded in encode_scenes(
+            ((f"video_{number:05d}", rows) for number, rows in enumerate(states)), self.model, self.processor,
+            resolution=self.resolution, group_size=1, num_videos=1, seed=self.seed, keep_masks=keep_masks,
+        ):  # fmt: skip
             slots.append(np.concatenate(encoded.slots))
             if keep_masks:
                 centers.append(mask_centers(np.concatenate(encoded.masks)))
