@@ -14,7 +14,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 out=${1:-runs/collisions}
 shift || true
 steps=${*:-collect slots world_model probe oc_jepa questions aloe aloe_text_only evaluate answers pixel_collect \
-  pixel_encoder pixel_slots pixel_world_model pixel_probe pixel_oc_jepa pixel_question_slots pixel_questions pixel_aloe pixel_evaluate \
+  pixel_encoder pixel_slots pixel_world_model pixel_probe pixel_oc_jepa pixel_questions pixel_aloe pixel_evaluate \
   pixel_answers}
 seed=${SEED:-0}
 mkdir -p "$out"
@@ -39,12 +39,8 @@ for step in $steps; do
       ;;
     pixel_encoder) python "$here/train_crop_slots.py" --dataset "$out/videos" --output_dir "$out/pixel_encoder" ;;
     slots) cjepa-hf extract "$out/scenes" --encoder state --output-dir "$out/slots" ;;
-    pixel_slots)  # frames are drawn from the states of the same scenes; 4,000 videos to train on
-      cjepa-hf extract "$out/scenes" --encoder "$out/pixel_encoder" --output-dir "$out/pixel_slots" --num-frames 512000
-      ;;
-    pixel_question_slots)  # of all videos: there is more to learn about questions
-      cjepa-hf extract "$out/scenes" --encoder "$out/pixel_encoder" --output-dir "$out/pixel_question_slots" \
-        --num-frames 1024000
+    pixel_slots)  # frames are drawn from the states of the same scenes
+      cjepa-hf extract "$out/scenes" --encoder "$out/pixel_encoder" --output-dir "$out/pixel_slots"
       ;;
     *probe)  # with it, the objects that questions name are found
       encoder=state
@@ -52,7 +48,6 @@ for step in $steps; do
       cjepa-hf probe "$out/$slots" --encoder "$encoder" --output-dir "$out/${step%probe}world_model"
       ;;
     *questions)  # the videos that predictive and counterfactual questions are answered from
-      if [[ $step == pixel_* ]]; then slots=pixel_question_slots; fi
       cjepa-hf imagine "$out/$slots" --questions "$out/scenes" --model "$out/${step%questions}world_model" \
         --output-dir "$out/${step%questions}question_videos"
       ;;
@@ -60,9 +55,9 @@ for step in $steps; do
       masks=()
       if [[ $step == *oc_jepa ]]; then masks=(--num_masked_slots 0); fi
       python "$here/train.py" "$here/collisions/world_model.yaml" --dataset "$out/$slots" "${pixels[@]}" "${masks[@]}" \
-        --output_dir "$out/${step}_start" --max_steps "${STEPS:-13000}" --seed "$seed"
+        --output_dir "$out/${step}_start" --max_steps "${STEPS:-26000}" --seed "$seed"
       python "$here/train.py" "$here/collisions/world_model_rollout.yaml" --dataset "$out/$slots" "${pixels[@]}" "${masks[@]}" \
-        --init_model "$out/${step}_start" --output_dir "$out/$step" --max_steps "${ROLLOUT_STEPS:-2000}" --seed "$seed"
+        --init_model "$out/${step}_start" --output_dir "$out/$step" --max_steps "${ROLLOUT_STEPS:-4000}" --seed "$seed"
       ;;
     *evaluate)
       text_only=()
@@ -77,7 +72,6 @@ for step in $steps; do
         --validation_questions "$out/scenes/questions/validation.json" --output_dir "$out/$step" --seed "$seed"
       ;;
     *aloe)  # first contacts, then which pairs collide, then questions
-      if [[ $step == pixel_* ]]; then slots=pixel_question_slots; fi
       seen=(--annotations "$out/scenes" --slot_probe "$out/${step%aloe}world_model" --seed "$seed")
       python "$here/train_aloe.py" "$here/aloe/contacts.yaml" "${seen[@]}" --dataset "$out/$slots" \
         --output_dir "$out/${step}_contacts"
@@ -92,13 +86,12 @@ for step in $steps; do
       python -m cjepa_hf.evaluation.clevrer "$out/${step%answers}aloe" --text_only "$out/aloe_text_only" \
         --dataset "$out/${step%answers}question_videos" --split test --questions "$out/scenes/questions/test.json" \
         --training_questions "$out/scenes/questions/train.json" --output "$out/$step.json"
-      seen=slots  # what it answers where nothing is imagined
-      if [[ $step == pixel_* ]]; then seen=pixel_question_slots; fi
-      python -m cjepa_hf.evaluation.clevrer "$out/${step%answers}aloe" --dataset "$out/$seen" --split test \
+      # what it answers where nothing is imagined
+      python -m cjepa_hf.evaluation.clevrer "$out/${step%answers}aloe" --dataset "$out/$slots" --split test \
         --questions "$out/scenes/questions/test.json" --output "$out/${step}_observed.json"
       encoder=()  # and from what really happens, as a perfect world model would imagine it
       if [[ $step == pixel_* ]]; then encoder=(--encoder "$out/pixel_encoder"); fi
-      cjepa-hf imagine "$out/$seen" --questions "$out/scenes" --model simulator "${encoder[@]}" --splits test \
+      cjepa-hf imagine "$out/$slots" --questions "$out/scenes" --model simulator "${encoder[@]}" --splits test \
         --output-dir "$out/${step}_true_videos"
       python -m cjepa_hf.evaluation.clevrer "$out/${step%answers}aloe" --dataset "$out/${step}_true_videos" --split test \
         --questions "$out/scenes/questions/test.json" --output "$out/${step}_true.json"
