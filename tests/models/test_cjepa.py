@@ -209,6 +209,49 @@ def test_the_shortcut_for_future_frames_equals_the_full_forward(flags):
             torch.testing.assert_close(no_mask, full, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        OURS | dict(anchor_in_history_loss=False),
+        OURS | dict(residual_prediction="velocity", velocity_limit=0.3, velocity_map=True, visible_prefix=2),
+        dict(auxiliary_fusion="concat", action_embedding_size=8, proprio_embedding_size=8, anchor="last_visible"),
+    ],
+)
+@pytest.mark.parametrize("mask", ["tokens", "one sample alone", "everything after the prefix", None])
+def test_what_no_loss_reads_may_be_left_out_without_a_change_of_losses_and_gradients(flags, mask):
+    dropout = dict(hidden_dropout=0.0, attention_dropout=0.0)
+    model = tiny(history_length=5, prediction_length=2, num_masked_slots=2, **flags, **dropout).train()
+    inputs = window(steps=4) | targets(horizon=2)
+    hidden = torch.rand(3, 4, 4, generator=torch.Generator().manual_seed(3)) < 0.4
+    if mask == "one sample alone":
+        hidden[1:] = False
+    if mask == "everything after the prefix":
+        hidden[:] = True
+    hidden[:, : model.config.visible_prefix] = False
+    if mask is None:
+        model.config.num_masked_slots = 0
+        hidden = None
+    computed, length = [], []
+    for spared in (False, True):
+        model.zero_grad()
+        handle = model.predictor.layers[-1].mlp.fc1.register_forward_hook(lambda *a: length.append(a[-1].shape[1]))
+        output = model(**inputs, slot_mask=hidden, trained_only=spared)
+        handle.remove()
+        output.loss.backward()
+        losses = {name: getattr(output, name) for name in ("loss", "history_loss", "future_loss", "proprio_loss")}
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        computed.append({name: value.detach() for name, value in losses.items() if value is not None} | gradients)
+        assert output.predicted_slots.shape == (3, 6, 4, 32)
+    torch.testing.assert_close(computed[1], computed[0], rtol=1e-4, atol=1e-5)
+    assert length[1] < length[0] or mask == "everything after the prefix"
+
+
+def test_leaving_out_what_no_loss_reads_needs_a_loss():
+    with pytest.raises(ValueError, match=r"trained_only=True .* without future_slots"):
+        tiny()(**window(), trained_only=True)
+
+
 @pytest.mark.parametrize("flags", [{}, OURS])
 def test_slots_are_a_set(flags):
     model = tiny(**flags)

@@ -237,6 +237,9 @@ def world_model_loss(
             "mask_present chooses what may be hidden, mask_static_slots true hides anything: set it to false"
         )
 
+    # an autoregressive model's loss reads everything
+    spared = {"trained_only": True} if isinstance(model, CJepaModel) else {}
+
     def loss_fn(wrapped: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         batch = SlotWindows.normalize(batch, statistics)
         slots, actions, proprio = (batch.get(name) for name in ("slots", "actions", "proprio"))
@@ -270,6 +273,7 @@ def world_model_loss(
             future_slots=future[:, : config.prediction_length],
             future_proprio=None if proprio is None else proprio[:, length : length + config.prediction_length],
             slot_mask=mask,
+            **spared,
         )
         loss = output.loss
         terms = {name: getattr(output, name) for name in ("future_loss", "history_loss", "proprio_loss")}

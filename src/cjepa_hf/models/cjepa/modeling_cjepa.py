@@ -245,6 +245,15 @@ def _small_exponents(scores: torch.Tensor) -> bool:
     return bool(torch.maximum(-low, high) < MAX_EXPONENT)
 
 
+def _read(states: torch.Tensor, read: int | torch.Tensor | None) -> torch.Tensor:
+    """The states [B, L, ...] that are read: all (None), the last `read` of them, or those at the indices `read` [B, K]."""
+    if read is None:
+        return states
+    if isinstance(read, int):
+        return states[:, -read:]
+    return states.gather(1, read.unsqueeze(-1).expand(-1, -1, states.shape[-1]))
+
+
 class CJepaAttention(nn.Module):
     """Multi-head attention over all tokens, bidirectional in time and over slots."""
 
@@ -258,16 +267,16 @@ class CJepaAttention(nn.Module):
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden_states: torch.Tensor, num_queries: int | None = None):
-        batch, length, size = hidden_states.shape
+    def forward(self, hidden_states: torch.Tensor, read: int | torch.Tensor | None = None):
+        """States [B, L, hidden_size] -> those that are `read` (see [`_read`]), attended to all [B, K, hidden_size]."""
+        batch, _, size = hidden_states.shape
         implementation = self.config._attn_implementation
-        if num_queries is None:
-            num_queries = length
+        if read is None:
             parts = [self.qkv(hidden_states)]
         else:
-            # Only the last tokens are read: their queries suffice, while keys and values come from everything.
+            # The queries of what is read suffice, while keys and values come from everything.
             weight, bias = self.qkv.weight, self.qkv.bias
-            query = F.linear(hidden_states[:, -num_queries:], weight[:size], bias[:size])
+            query = F.linear(_read(hidden_states, read), weight[:size], bias[:size])
             parts = [query, F.linear(hidden_states, weight[size:], bias[size:])]
         dropout = self.config.attention_dropout if self.training else 0.0
         if implementation == "sdpa" and hidden_states.device.type == "cpu":
@@ -281,7 +290,7 @@ class CJepaAttention(nn.Module):
         output, weights = attention(
             self, query, key, value, None, dropout=dropout, scaling=self.scaling, is_causal=False
         )
-        output = output.reshape(batch, num_queries, size).to(hidden_states.dtype)
+        output = output.reshape(batch, -1, size).to(hidden_states.dtype)
         return self.out_proj(output), weights
 
 
@@ -337,12 +346,27 @@ class CJepaLayer(GradientCheckpointingLayer):
         self.attention = CJepaAttention(config)
         self.mlp = CJepaMlp(config)
 
-    def forward(self, hidden_states: torch.Tensor, num_queries: int | None = None) -> torch.Tensor:
-        attended, _ = self.attention(self.norm(hidden_states), num_queries)
-        if num_queries is not None:
-            hidden_states = hidden_states[:, -num_queries:]
-        hidden_states = hidden_states + attended
+    def forward(self, hidden_states: torch.Tensor, read: int | torch.Tensor | None = None) -> torch.Tensor:
+        attended, _ = self.attention(self.norm(hidden_states), read)
+        hidden_states = _read(hidden_states, read) + attended
         return hidden_states + self.mlp(hidden_states)
+
+
+def _indices(batch: int, length: int, read: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+    """
+    Indices [B, K] along the tokens [B, L] of those that are `read` (bool [B, ...], L in all; None: every one), in order. K is
+    the most of any sample; others get some that are not read as well.
+    """
+    if read is None:
+        return torch.arange(length, device=device).expand(batch, -1)
+    read = read.flatten(1)
+    # 0 or 1 ranks as they stand: what is read first
+    return read.byte().argsort(dim=1, descending=True, stable=True)[:, : int(read.sum(1).max())]
+
+
+def _written(states: torch.Tensor, index: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """`states` [B, L, size] with `values` [B, K, size] at the indices [B, K]."""
+    return states.to(values.dtype).scatter(1, index.unsqueeze(-1).expand(-1, -1, states.shape[-1]), values)
 
 
 class CJepaPredictor(nn.Module):
@@ -365,12 +389,20 @@ class CJepaPredictor(nn.Module):
         self.norm = nn.LayerNorm(size, eps=config.layer_norm_eps)
         self.head = nn.Linear(size, size)
 
-    def forward(self, tokens: torch.Tensor, hidden: torch.Tensor | None, future_only: bool = False) -> torch.Tensor:
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        hidden: torch.Tensor | None,
+        future_only: bool = False,
+        read: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """
         Args:
             tokens (`torch.Tensor` of shape `(B, T, M, hidden_size)`): Observed tokens, T up to history_length.
             hidden (`torch.BoolTensor` of shape `(B, T, M)`, *optional*): True where a token is hidden.
-            future_only (`bool`): Return the P future frames alone, skipping what they do not need.
+            future_only (`bool`): Return the P future frames alone, skipping what they do not need (nothing hidden).
+            read (`torch.BoolTensor` of shape `(B, T + P, M)`, *optional*): With `hidden`, the tokens whose output is
+                wanted, among them all that are hidden or future; the others may be 0, and what only they need is skipped.
 
         Returns:
             `torch.Tensor` of shape `(B, T + P, M, hidden_size)`, or `(B, P, M, hidden_size)`.
@@ -380,63 +412,67 @@ class CJepaPredictor(nn.Module):
         horizon = config.prediction_length
         # Short histories are aligned to the right: the last observed frame always has the same time row.
         time = self.time_embedding[config.history_length - steps :].unsqueeze(1)  # [T + P, 1, size]
-        frame = torch.arange(steps + horizon, device=tokens.device)
         visible = tokens + time[:steps]
-
-        anchors = tokens[:, :1] if config.anchor == "first" else tokens[:, -1:]
-        query_time = self.mask_token + time
-        if hidden is None and config.anchor == "first":
-            future = query_time[steps:] + self.anchor_projection(anchors)
-            sequence = torch.cat([visible, future], dim=1)
-            seen = None
-        elif hidden is None:
-            age = self.age_embedding[1 : horizon + 1].unsqueeze(1)
-            sequence = torch.cat([visible, query_time[steps:] + age + self.anchor_projection(anchors)], dim=1)
-            seen = None
+        if hidden is None:
+            anchors = tokens[:, :1] if config.anchor == "first" else tokens[:, -1:]
+            queries = self.mask_token + time[steps:]
+            if config.anchor == "last_visible":
+                queries = queries + self.age_embedding[1 : horizon + 1].unsqueeze(1)
+            states = torch.cat([visible, queries + self.anchor_projection(anchors)], dim=1).flatten(1, 2)
+            wanted = horizon * width if future_only else None
+            base = self._base(tokens, future_only)
         else:
-            # seen[b, t, m]: the last frame up to t (of the T observed) in which token m was visible.
-            seen = torch.where(hidden, 0, frame[:steps, None]).cummax(dim=1).values
-            seen = torch.cat([seen, seen[:, -1:].expand(-1, horizon, -1)], dim=1)  # [B, T + P, M]
+            # Below, K is an axis of tokens of all frames and slots: those that are read (all, where nothing is said).
+            index = _indices(batch, (steps + horizon) * width, read, tokens.device)
+            frame, slot = index // width, index % width
+            # seen[b, k]: the last observed frame, up to its own, in which the token of this slot was visible.
+            observed = torch.arange(steps, device=tokens.device)[:, None]
+            seen = torch.where(hidden, 0, observed).cummax(dim=1).values
+            seen = torch.cat([seen, seen[:, -1:].expand(-1, horizon, -1)], dim=1).flatten(1).gather(1, index)
+            source = seen * width + slot
+            flat = tokens.flatten(1, 2)
+            last = _read(flat, source)
+            queries = self.mask_token + time.squeeze(1)[frame]
             if config.anchor == "first":
-                queries = query_time + self.anchor_projection(anchors)
+                queries = queries + self.anchor_projection(_read(flat, slot))
             else:
-                anchors = tokens.gather(1, seen.unsqueeze(-1).expand(-1, -1, -1, size))
-                age = self.age_embedding[frame[:, None] - seen]
-                queries = query_time + age + self.anchor_projection(anchors)
-            queries = queries.expand(batch, steps + horizon, width, size)
-            observed = torch.where(hidden.unsqueeze(-1), queries[:, :steps], visible)
-            sequence = torch.cat([observed, queries[:, steps:]], dim=1)
+                queries = queries + self.age_embedding[frame - seen] + self.anchor_projection(last)
+            is_query = F.pad(hidden.flatten(1), (0, horizon * width), value=True).gather(1, index)
+            states = torch.cat([visible, visible.new_zeros(batch, horizon, width, size)], dim=1).flatten(1, 2)
+            queries = torch.where(is_query.unsqueeze(-1), queries, _read(states, index).to(queries.dtype))
+            states = _written(states, index, queries)
+            base = self._last_seen(flat, last, source, hidden.flatten(1), width, frame - seen)
+            wanted = None if read is None else index
 
-        states = sequence.flatten(1, 2)
-        queries_at_end = horizon * width if future_only else None
-        for index, layer in enumerate(self.layers):
-            last = index == len(self.layers) - 1
-            states = layer(states, queries_at_end if last else None)
-        output = self.head(self.norm(states)).unflatten(1, (-1, width))
+        for layer in self.layers[:-1]:
+            states = layer(states)
+        output = self.head(self.norm(self.layers[-1](states, wanted)))
         if config.residual_prediction is not None:
-            output = output + self._base(tokens, hidden, seen, frame, future_only)
-        return output
+            output = output + base
+        if hidden is not None and read is not None:
+            output = _written(output.new_zeros(batch, (steps + horizon) * width, size), index, output)
+        return output.unflatten(1, (-1, width))
 
-    def _base(self, tokens, hidden, seen, frame, future_only):
-        """The state that residual prediction starts from: the last visible one, or its constant-velocity continuation."""
-        steps, horizon = tokens.shape[1], self.config.prediction_length
-        if seen is None:
-            last = torch.cat(
-                [tokens[:, : 0 if future_only else steps], tokens[:, -1:].expand(-1, horizon, -1, -1)], dim=1
-            )
-            if self.config.residual_prediction == "last" or steps == 1:
-                return last
+    def _base(self, tokens: torch.Tensor, future_only: bool) -> torch.Tensor | None:
+        """What residual prediction starts from where nothing is hidden: the last state, or its constant-velocity continuation."""
+        if self.config.residual_prediction is None:
+            return None
+        observed, horizon = tokens[:, :0] if future_only else tokens, self.config.prediction_length
+        future = tokens[:, -1:].expand(-1, horizon, -1, -1)
+        if self.config.residual_prediction == "velocity" and tokens.shape[1] > 1:
             velocity = self._velocity(tokens[:, -1:] - tokens[:, -2:-1])
-            gain = self.velocity_gain[1 : horizon + 1, None, None] * velocity
-            return torch.cat([last[:, :-horizon], last[:, -horizon:] + gain], dim=1)
-        index = seen.unsqueeze(-1).expand(-1, -1, -1, tokens.shape[-1])
-        base = tokens.gather(1, index)
-        if self.config.residual_prediction == "velocity":
-            # A velocity needs the frame before the last visible one to be visible too.
-            known = ~hidden.gather(1, (seen - 1).clamp(min=0)) & (seen > 0)
-            velocity = self._velocity(base - tokens.gather(1, (index - 1).clamp(min=0))) * known.unsqueeze(-1)
-            base = base + self.velocity_gain[frame[:, None] - seen].unsqueeze(-1) * velocity
-        return base[:, steps:] if future_only else base
+            future = future + self.velocity_gain[1 : horizon + 1, None, None] * velocity
+        return torch.cat([observed, future], dim=1).flatten(1, 2)
+
+    def _last_seen(self, tokens, last, source, hidden, width, age) -> torch.Tensor | None:
+        """The same where some of `tokens` [B, L, size] are `hidden` [B, L]: from `last` [B, K, size], seen `age` [B, K] ago."""
+        if self.config.residual_prediction != "velocity":
+            return last
+        # A velocity needs the frame before the last visible one to be visible too.
+        before = (source - width).clamp(min=0)
+        known = ~hidden.gather(1, before) & (source >= width)
+        velocity = self._velocity(last - _read(tokens, before)) * known.unsqueeze(-1)
+        return last + self.velocity_gain[age].unsqueeze(-1) * velocity
 
     def _velocity(self, change):
         """What goes on of a change between two frames; nothing of one by more than velocity_limit."""
@@ -969,6 +1005,7 @@ class CJepaModel(SlotWorldModel):
         future_slots: torch.Tensor | None = None,
         future_proprio: torch.Tensor | None = None,
         slot_mask: torch.Tensor | None = None,
+        trained_only: bool = False,
         **kwargs,
     ) -> CJepaOutput:
         """
@@ -983,6 +1020,8 @@ class CJepaModel(SlotWorldModel):
             future_proprio (`torch.Tensor` of shape `(B, prediction_length, P)`, *optional*): Targets.
             slot_mask (`torch.BoolTensor` of shape `(B, T, N)` or `(B, N)`, *optional*): True = hidden. By default
                 masks are drawn per sample in training mode, and nothing is hidden in eval mode.
+            trained_only (`bool`): With `future_slots`, leave out what no loss reads: the losses and their gradients are the
+                same, sooner; predictions of the tokens that no loss reads are meaningless.
             output_attentions, output_hidden_states (`bool`, *optional*): Attentions need
                 `model.set_attn_implementation("eager")`.
         """
@@ -1005,10 +1044,23 @@ class CJepaModel(SlotWorldModel):
             slot_mask = self.draw_slot_mask(slots)
 
         tokens = self._tokens(slots, actions, proprio)
-        hidden = None
+        hidden = read = None
         if slot_mask is not None:
             hidden = F.pad(slot_mask, (0, config.num_auxiliary_tokens))
-        predicted_slots, predicted_proprio = self._split(self.predictor(tokens, hidden))
+        if not trained_only:
+            predicted = self.predictor(tokens, hidden)
+        elif future_slots is None:
+            raise ValueError("trained_only=True leaves out what no loss reads: without future_slots there is no loss.")
+        elif hidden is None:
+            predicted = self.predictor(tokens, None, future_only=True)
+            predicted = F.pad(predicted, (0, 0, 0, 0, steps, 0))
+        else:
+            # Compiled code wants shapes that do not depend on what is hidden.
+            if not torch.compiler.is_compiling():
+                read = F.pad(self._trained_history(slot_mask), (0, config.num_auxiliary_tokens))
+                read = F.pad(read, (0, 0, 0, config.prediction_length), value=True)
+            predicted = self.predictor(tokens, hidden, read=read)
+        predicted_slots, predicted_proprio = self._split(predicted)
 
         loss = history_loss = future_loss = proprio_loss = None
         if future_slots is not None:
@@ -1050,15 +1102,19 @@ class CJepaModel(SlotWorldModel):
         delta = self.config.huber_delta
         return 2 * error / (1 + (1 + error / delta**2).sqrt())  # 2 delta^2 (sqrt(1 + error / delta^2) - 1)
 
+    def _trained_history(self, slot_mask: torch.Tensor) -> torch.Tensor:
+        """What of the history the loss reads, bool [B, T, N]: all that is hidden, and its anchors where the configuration says so."""
+        if not self.config.anchor_in_history_loss:
+            return slot_mask
+        prefix = torch.arange(slot_mask.shape[1], device=slot_mask.device)[:, None] < self.config.visible_prefix
+        return slot_mask | (prefix & slot_mask.any(dim=1, keepdim=True))
+
     def _history_loss(self, prediction: torch.Tensor, slots: torch.Tensor, slot_mask: torch.Tensor) -> torch.Tensor:
         """
         Mean over samples of the mean over their hidden tokens. A sample counts the same however much of it is hidden,
         so equal shards of a batch give the same loss and gradient as the whole.
         """
-        counted = slot_mask
-        if self.config.anchor_in_history_loss:
-            prefix = torch.arange(slots.shape[1], device=slots.device)[:, None] < self.config.visible_prefix
-            counted = slot_mask | (prefix & slot_mask.any(dim=1, keepdim=True))
+        counted = self._trained_history(slot_mask)
         error = (self.token_loss(prediction, slots) * counted).sum(dim=(1, 2))
         return (error / counted.sum(dim=(1, 2)).clamp(min=1)).mean()
 
