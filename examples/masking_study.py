@@ -8,6 +8,10 @@ A cell is a variant, a budget (1x is --steps) and a seed. It is trained (an inte
 frozen protocol cf-rollout, also with one object's history hidden, and leaves `results.json` in its folder: the same command
 goes on with what is missing. The table is made from these files alone and names the cells that are missing. Those measured so
 far are in `benchmarks/results/masking`.
+
+Cells named "learned-..." are trained on the same scenes seen by an encoder (--learned-dataset, --slot-encoder), those named
+"few-..." on few scenes (--few-dataset; measured on 200: `cjepa-hf extract SCENES --encoder state --num-frames 25600`). They run
+where these data are given.
 """
 
 import argparse
@@ -30,7 +34,8 @@ VARIANTS = {
     "hide2": ["--num_masked_slots", "2"],
     "hide3": ["--num_masked_slots", "3"],
 }
-PAIR = ("oc", "hide1")  # the best of those that hide objects; these two also at larger budgets and on learned slots
+PAIR = ("oc", "hide1")  # nothing hidden, and the best of those that hide objects: these two also elsewhere
+ELSEWHERE = ("learned-", "few-")
 BUDGETS = {"1x": 1, "3x": 3, "10x": 10}
 SEEDS = (0, 1, 2)
 # 95 % of Student's t on n - 1 degrees of freedom, for n seeds
@@ -47,11 +52,17 @@ COLUMNS = {
 }
 
 
-def cells(learned: bool) -> list[tuple[str, str, int]]:
-    """(variant, budget, seed) of every cell, cheap ones first; those on learned slots are named "learned-..."."""
-    found = [(variant, "1x", seed) for variant in VARIANTS for seed in SEEDS]
-    found += [(f"learned-{variant}", "1x", seed) for variant in PAIR for seed in SEEDS] if learned else []
+def cells() -> list[tuple[str, str, int]]:
+    """(variant, budget, seed) of every cell, cheap ones first."""
+    variants = [*VARIANTS, *(where + variant for where in ELSEWHERE for variant in PAIR)]
+    found = [(variant, "1x", seed) for variant in variants for seed in SEEDS]
     return found + [(variant, budget, seed) for budget in ("3x", "10x") for variant in PAIR for seed in SEEDS]
+
+
+def dataset_of(cell: tuple[str, str, int], args: argparse.Namespace) -> Path | None:
+    """What a cell is trained on; None if it was not given."""
+    where = next((where for where in ELSEWHERE if cell[0].startswith(where)), "")
+    return {"": args.dataset, "learned-": args.learned_dataset, "few-": args.few_dataset}[where]
 
 
 def name_of(cell: tuple[str, str, int]) -> str:
@@ -67,9 +78,9 @@ def run_cell(cell: tuple[str, str, int], args: argparse.Namespace) -> dict[str, 
     variant, budget, seed = cell
     folder = args.output_dir / name_of(cell)
     learned = variant.startswith("learned-")
-    words = [str(RECIPE), "--dataset", str(args.learned_dataset if learned else args.dataset)]
+    words = [str(RECIPE), "--dataset", str(dataset_of(cell, args))]
     words += ["--output_dir", str(folder), "--seed", str(seed), "--max_steps", str(BUDGETS[budget] * args.steps)]
-    words += VARIANTS[variant.removeprefix("learned-")]
+    words += VARIANTS[variant if variant in VARIANTS else variant.partition("-")[2]]
     if learned:
         words += ["--contact_share", "0", "--turn_share", "0.5"]  # videos do not tell where contacts begin
     train([*words, *args.more])
@@ -164,23 +175,23 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("--learned-dataset", type=Path, help="the same scenes' slots by --slot-encoder")
     parser.add_argument("--slot-encoder", help="folder or Hub id")
+    parser.add_argument("--few-dataset", type=Path, help="state slots of few scenes, with the same splits")
     parser.add_argument("--steps", type=int, default=6500, help="of the budget 1x (default: %(default)s)")
     parser.add_argument("--num-tasks", type=int, help="scenes of the protocol (default: all)")
     parser.add_argument("--only", nargs="+", default=[""], help="cells whose name contains one of these")
     parser.add_argument("--table", action="store_true", help="only print the table of what is there")
     parser.add_argument("--more", nargs=argparse.REMAINDER, default=[], help="further arguments of every training")
     args = parser.parse_args(argv)
-    learned = args.learned_dataset is not None
-    if learned and args.slot_encoder is None:
+    if args.learned_dataset is not None and args.slot_encoder is None:
         parser.error("--learned-dataset needs the --slot-encoder that made it")
     if not args.table and args.dataset is None:
         parser.error("--dataset is needed to train")
-    wanted = cells(learned)
+    wanted = cells()
     chosen = [cell for cell in wanted if any(part in name_of(cell) for part in args.only)]
     if not chosen:
         parser.error(f"no cell is named like {args.only}; there are {', '.join(map(name_of, wanted))}")
     for cell in [] if args.table else chosen:
-        if (args.output_dir / name_of(cell) / "results.json").is_file():
+        if (args.output_dir / name_of(cell) / "results.json").is_file() or dataset_of(cell, args) is None:
             continue
         print(f"== {name_of(cell)}", flush=True)
         run_cell(cell, args)

@@ -26,13 +26,18 @@ def test_the_quick_start_runs_as_printed(tmp_path, monkeypatch, capsys):
     assert namespace["future"].shape == (1, 5, 4, 64)
 
 
-def test_commands_and_files_named_in_the_readme_exist():
-    commands = set(re.findall(r"cjepa-hf (\w+)", README))
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
+def test_commands_and_files_named_on_a_page_exist(page):
+    text = (ROOT / page).read_text()
+    commands = set(re.findall(r"cjepa-hf (\w+)", text))
     known = next(a for a in _parser()._actions if a.dest == "command").choices
     assert commands and commands <= set(known)
-    for path in re.findall(r"(?:docs|examples|benchmarks)/[\w/.-]+\w", README):
+    for path in re.findall(r"(?:docs|examples|benchmarks)/[\w/.-]+\w", text):
         if "runs/" not in path:
             assert (ROOT / path).exists(), path
+    for name in re.findall(r"`([\w.-]+\.json)`", text):
+        places = [ROOT / "benchmarks/results", ROOT / "src/cjepa_hf/checkpoints/push_t"]
+        assert any((place / name).is_file() for place in places), name
 
 
 @pytest.mark.parametrize(

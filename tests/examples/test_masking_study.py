@@ -1,5 +1,6 @@
 """The masking study's bookkeeping: what is run, what is skipped, and a table from files alone."""
 
+import argparse
 import importlib.util
 import json
 from pathlib import Path
@@ -24,9 +25,9 @@ def results(error):
 
 
 def test_the_must_run_cells_are_all_there_and_cheap_ones_come_first():
-    names = [study.name_of(cell) for cell in study.cells(learned=True)]
-    assert len(names) == len(set(names)) == 7 * 3 + 2 * 3 + 2 * 2 * 3
-    budgets = [study.BUDGETS[cell[1]] for cell in study.cells(learned=True)]
+    names = [study.name_of(cell) for cell in study.cells()]
+    assert len(names) == len(set(names)) == 7 * 3 + 2 * 2 * 3 + 2 * 2 * 3
+    budgets = [study.BUDGETS[cell[1]] for cell in study.cells()]
     assert budgets == sorted(budgets)
 
 
@@ -41,7 +42,7 @@ def test_finished_cells_are_skipped_and_the_table_tells_what_is_missing(tmp_path
 
     monkeypatch.setattr(study, "run_cell", run_cell)
     words = ["--dataset", "x", "--output-dir", str(tmp_path), "--only", "oc_1x"]
-    table = study.main(words)
+    table = study.main(words)  # without the data that learned-oc and few-oc need
     assert ran == ["oc_1x_seed0", "oc_1x_seed1", "oc_1x_seed2"]
     study.main(words)
     assert len(ran) == 3  # nothing was run again
@@ -50,11 +51,19 @@ def test_finished_cells_are_skipped_and_the_table_tells_what_is_missing(tmp_path
     assert error["mean"] == pytest.approx(0.2) and error["n"] == 3
     assert error["high"] - error["mean"] == pytest.approx(4.30 * 0.1 / 3**0.5)
     assert row["third object"] == {"mean": None, "n": 0} and row["hidden +16"]["mean"] == 0.3
-    assert len(table["missing"]) == len(study.cells(False)) - 3 and "prefix1-p1_1x_seed0" in table["missing"]
+    assert len(table["missing"]) == len(study.cells()) - 3 and "prefix1-p1_1x_seed0" in table["missing"]
     printed = capsys.readouterr().out
-    assert "missing cells (30)" in printed and "constant velocity" in printed
+    assert "missing cells (42)" in printed and "constant velocity" in printed
+    study.main([*words[:-1], "few-oc_1x_seed2", "--few-dataset", "y"])
+    assert ran[3:] == ["few-oc_1x_seed2"]
     with pytest.raises(SystemExit):
         study.main([*words[:-1], "nothing-like-this"])
+
+
+def test_every_kind_of_cell_is_trained_on_its_own_data():
+    args = argparse.Namespace(dataset=Path("all"), learned_dataset=Path("seen"), few_dataset=Path("few"))
+    found = [study.dataset_of((variant, "1x", 0), args).name for variant in ("hide1", "learned-hide1", "few-oc")]
+    assert found == ["all", "seen", "few"]
 
 
 def test_every_variant_is_a_training_that_its_model_accepts():
