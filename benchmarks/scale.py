@@ -187,9 +187,11 @@ def _markdown(result) -> str:
         "",
         "Data parallelism is all these models need: weights, gradients and optimizer states fit any GPU hundreds of times. "
         "Sharding them",
-        "(FSDP, ZeRO) would save nothing that matters, and the trainer refuses it. `--batch_size` counts the samples of all "
-        "processes",
-        "together: a run is the same whatever their number.",
+        "(FSDP: `--shard_model true`, `examples/accelerate/gpu_fsdp.yaml`) is for models that one GPU does not hold. "
+        "`--batch_size` counts the",
+        "samples of all processes together: a run is the same whatever their number. FLOPs are those of the whole model; "
+        "training leaves",
+        "out what no loss reads, most of the last layer.",
         "",
         "## Training",
         "",

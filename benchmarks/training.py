@@ -54,7 +54,9 @@ def main() -> None:
         batch |= {"future_slots": draw(1, 4, 128), "future_proprio": draw(1, 4)}
 
         def step(model=model, optimizers=optimizers, accelerator=accelerator, batch=batch):
-            compute_gradients(accelerator, model, lambda m, b: (m(**b).loss, {}), [batch], seed=0, step=0)
+            compute_gradients(
+                accelerator, model, lambda m, b: (m(**b, trained_only=True).loss, {}), [batch], seed=0, step=0
+            )
             accelerator.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optimizers:
                 optimizer.step()

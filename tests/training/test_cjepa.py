@@ -240,19 +240,27 @@ def test_the_example_trains(folder, tmp_path, monkeypatch):
     assert CJepaModel.from_pretrained(tmp_path).config.num_slots == N
 
 
+class Recorder(torch.nn.Module):
+    """A model that notes what it is given."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.seen = model, []
+        self.train(model.training)
+
+    def forward(self, slots, **kwargs):
+        self.seen.append((slots, kwargs))
+        return self.model(slots, **kwargs)
+
+
 def test_cropped_histories_keep_the_frames_next_to_the_future():
-    seen = []
-
-    class Recorder(torch.nn.Module):
-        def forward(self, slots, **kwargs):
-            seen.append((slots, kwargs))
-            return model(slots, **kwargs)
-
     model, batch = tiny_model().train(), batch_of(5)
+    recorder = Recorder(model)
+    seen = recorder.seen
     loss_fn = world_model_loss(model, arguments("--history_crop_probability", "0.7"), STATISTICS)
     random.seed(0)
     for _ in range(200):
-        loss_fn(Recorder(), batch)
+        loss_fn(recorder, batch)
     lengths = [slots.shape[1] for slots, _ in seen]
     shares = [lengths.count(n) / len(lengths) for n in (1, 2, 3)]
     assert shares == pytest.approx([0.35, 0.35, 0.3], abs=0.08)
@@ -263,9 +271,9 @@ def test_cropped_histories_keep_the_frames_next_to_the_future():
         assert torch.equal(inputs["proprio"], batch["proprio"][:, first:3])
         assert torch.equal(inputs["future_slots"], batch["slots"][:, 3:])
         assert (inputs["slot_mask"] is None) == (slots.shape[1] == 1)
-    model.eval()
+    recorder.eval()
     seen.clear()
-    loss_fn(Recorder(), batch)
+    loss_fn(recorder, batch)
     assert seen[0][0].shape[1] == 3 and seen[0][1]["slot_mask"] is None
 
 
@@ -273,14 +281,9 @@ def test_slot_noise_moves_observed_slots_only_and_does_not_unfreeze_static_ones(
     model = tiny_model(mask_static_slots=False, num_masked_slots=N).train()
     batch = batch_of(64)
     batch["slots"][:, :, 2] = 1.0
-    seen = []
-
-    def wrapped(slots, **kwargs):
-        seen.append((slots, kwargs))
-        return model(slots, **kwargs)
-
-    world_model_loss(model, arguments("--slot_noise", "0.1"), STATISTICS)(wrapped, batch)
-    slots, inputs = seen[0]
+    recorder = Recorder(model)
+    world_model_loss(model, arguments("--slot_noise", "0.1"), STATISTICS)(recorder, batch)
+    ((slots, inputs),) = recorder.seen
     assert (slots - batch["slots"][:, :3]).std().item() == pytest.approx(0.1, rel=0.1)
     assert torch.equal(inputs["future_slots"], batch["slots"][:, 3:])
     assert inputs["slot_mask"][:, 1:, :2].all() and not inputs["slot_mask"][:, :, 2].any()
@@ -288,14 +291,9 @@ def test_slot_noise_moves_observed_slots_only_and_does_not_unfreeze_static_ones(
 
 def recorded(model, batch, *words, empty=None):
     """What the predictor is given for a batch, with the arguments `words`."""
-    seen = []
-
-    def wrapped(slots, **kwargs):
-        seen.append((slots, kwargs))
-        return model(slots, **kwargs)
-
-    world_model_loss(model, arguments(*words), STATISTICS, empty)(wrapped, batch)
-    return seen[0]
+    recorder = Recorder(model)
+    world_model_loss(model, arguments(*words), STATISTICS, empty)(recorder, batch)
+    return recorder.seen[0]
 
 
 def test_who_was_absent_stays_absent_in_the_target_and_is_not_hidden():
@@ -321,6 +319,28 @@ def test_cut_histories_keep_the_shortest_length():
     random.seed(0)
     words = ("--history_crop_probability", "1", "--shortest_history", "2")
     assert {recorded(model, batch, *words)[0].shape[1] for _ in range(20)} == {2}
+
+
+# Nothing random but the order of the data: each process draws masks and noise of its own.
+SURE = ("--num_masked_slots", "0", "--rollout_weight", "0.5", "--optimizer", "muon", "--num_hidden_layers", "2")
+
+
+def _train_sharded(folder: str, output: str) -> None:
+    torch.set_num_threads(1)
+    main([*command(folder, output, *SURE), "--shard_model", "true"])
+
+
+def test_two_processes_that_share_the_parameters_train_the_world_model_of_one(folder, tmp_path):
+    AcceleratorState._reset_state(reset_partial_state=True)  # the ranks are forked: let them start afresh
+    debug_launcher(_train_sharded, args=(str(folder), str(tmp_path / "two")), num_processes=2)
+    result = main(command(folder, tmp_path / "one", *SURE))
+    first, second = (json.loads((tmp_path / n / "training_results.json").read_text()) for n in ("one", "two"))
+    assert second["validation"] == pytest.approx(first["validation"], rel=1e-3)
+    assert first["validation"] == result.metrics
+    models = [CJepaModel.from_pretrained(tmp_path / name) for name in ("one", "two")]
+    torch.testing.assert_close(*(dict(model.state_dict()) for model in models), atol=1e-4, rtol=1e-2)
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("one", "two")]
+    assert configs[0] == configs[1]
 
 
 def test_windows_with_a_contact_ahead_are_repeated_to_their_share(folder, tmp_path, monkeypatch):

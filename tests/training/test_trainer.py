@@ -12,6 +12,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from cjepa_hf import ColorIsaConfig, ColorIsaModel
 from cjepa_hf.training import trainer
@@ -19,6 +20,7 @@ from cjepa_hf.training.arguments import TrainArguments
 from cjepa_hf.training.trainer import (
     BatchedMuon,
     Ema,
+    bare,
     compute_gradients,
     find_checkpoint,
     learning_rate_factor,
@@ -27,6 +29,7 @@ from cjepa_hf.training.trainer import (
     micro_batch_slice,
     read_log,
     save_model_folder,
+    shards_model,
     step_indices,
     train,
 )
@@ -504,7 +507,75 @@ def test_tensorboard_gets_the_curves(tmp_path):
     assert list(tmp_path.rglob("events.out.tfevents*"))
 
 
-def test_sharded_parameters_are_refused_instead_of_never_being_updated(tmp_path, monkeypatch):
-    monkeypatch.setattr(Accelerator, "distributed_type", property(lambda self: DistributedType.FSDP))
-    with pytest.raises(ValueError, match=r"FSDP shards the model.*gpu_ddp\.yaml"):
+def test_what_shards_otherwise_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(Accelerator, "distributed_type", property(lambda self: DistributedType.DEEPSPEED))
+    with pytest.raises(ValueError, match=r"DEEPSPEED is not supported.*gpu_ddp\.yaml.*gpu_fsdp\.yaml"):
         make_accelerator(arguments(tmp_path))
+
+
+class Imagining(Net):
+    """A model that is also called beside its forward, layer by layer, as world models are in rollouts."""
+
+    _no_split_modules = ("Linear",)
+
+    def rollout(self, x):
+        x = self.inputs(x)
+        for layer in (*self.layers, *self.layers):
+            x = x + torch.tanh(layer(x))
+        return self.head(x)
+
+
+def imagining_loss(model, batch):
+    loss, scalars = loss_fn(model, batch)
+    imagined = (bare(model).rollout(batch["x"]) - batch["y"]).square().mean()
+    return loss + 0.1 * imagined, {**scalars, "imagined": imagined.detach()}
+
+
+SHARDED = dict(optimizer="muon", lr_scheduler="constant", eval_every=2)
+
+
+def _train_sharded(folder: str) -> None:
+    torch.set_num_threads(1)
+    accelerator = Accelerator(cpu=True)
+    if accelerator.num_processes != 2:
+        raise RuntimeError(f"{accelerator.num_processes} processes")
+
+    def loss(model, batch):
+        whole = [name for name, p in bare(model).named_parameters() if not isinstance(p, DTensor)]
+        if whole:
+            raise RuntimeError(f"{whole} are not sharded")
+        return imagining_loss(model, batch)
+
+    for steps in (6, 12):  # the second continues the first; 21 samples: a process has a batch less than the other
+        args = arguments(Path(folder) / "two", max_steps=steps, shard_model=True, **SHARDED)
+        model = Imagining(dropout=0)
+        train(model, Points(), Points(21), loss, args, accelerator=accelerator)
+    torch.save(model.state_dict(), Path(folder) / f"weights_{accelerator.process_index}.pt")
+
+
+def test_two_processes_with_sharded_parameters_give_the_run_of_one_and_its_checkpoints(tmp_path):
+    AcceleratorState._reset_state(reset_partial_state=True)  # the ranks are forked: let them start afresh
+    debug_launcher(_train_sharded, args=(str(tmp_path),), num_processes=2)
+    model = Imagining(dropout=0)
+    train(model, Points(), Points(21), imagining_loss, arguments(tmp_path / "one", **SHARDED))
+    for one, two in zip(curve(tmp_path / "one"), curve(tmp_path / "two"), strict=True):
+        assert one == pytest.approx(two, rel=1e-3)
+    for rank in (0, 1):
+        weights = torch.load(tmp_path / f"weights_{rank}.pt", weights_only=True)
+        torch.testing.assert_close(weights, dict(model.state_dict()), atol=1e-4, rtol=1e-3)
+    # one process goes on with what two have sharded, as with its own
+    runs = []
+    for name in ("one", "two"):
+        model = Imagining(dropout=0)
+        args = arguments(tmp_path / name, **(SHARDED | dict(max_steps=16)))
+        result = train(model, Points(), Points(21), imagining_loss, args)
+        assert result.resumed_from.name == "step-000012"
+        runs.append(dict(model.state_dict()))
+    torch.testing.assert_close(*runs, atol=1e-4, rtol=1e-3)
+
+
+def test_one_process_shards_nothing_and_compiling_goes_without(tmp_path):
+    accelerator = Accelerator(cpu=True)
+    assert not shards_model(arguments(tmp_path, shard_model=True), accelerator)
+    with pytest.raises(ValueError, match="torch_compile and a sharded model"):
+        shards_model(arguments(tmp_path, shard_model=True, torch_compile=True), accelerator)

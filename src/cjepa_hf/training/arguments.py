@@ -68,6 +68,11 @@ class TrainArguments:
         default="no", help="bf16 pays on GPUs; small models on a CPU train faster without."
     )
     torch_compile: bool = HfArg(default=False, help="Compile the model's forward with torch.compile.")
+    shard_model: bool = HfArg(
+        default=False,
+        help="FSDP: every process keeps a part of the weights, gradients and optimizer states, for models that one GPU does "
+        "not hold. As launching with examples/accelerate/gpu_fsdp.yaml.",
+    )
     use_cpu: bool = HfArg(default=False, help="Train on the CPU although there is a GPU.")
     num_workers: int = HfArg(default=0, help="Processes that read data ahead; 0 reads in the training process.")
     keep_freed_memory: bool = HfArg(

@@ -29,6 +29,7 @@ from ..models.cjepa import CJepaModel, SlotWorldModel
 from .arguments import TrainArguments, config_arguments, config_overrides, parse_arguments
 from .trainer import (
     TrainResult,
+    bare,
     card_text,
     make_accelerator,
     result_files,
@@ -244,7 +245,7 @@ def world_model_loss(
         batch = SlotWindows.normalize(batch, statistics)
         slots, actions, proprio = (batch.get(name) for name in ("slots", "actions", "proprio"))
         # Python's generator is the same on every process: all cut alike
-        crop = length > 1 and model.training and random.random() < args.history_crop_probability
+        crop = length > 1 and wrapped.training and random.random() < args.history_crop_probability
         first = length - random.randint(min(args.shortest_history, length - 1), length - 1) if crop else 0
         history, future = slots[:, first:length], slots[:, length:]
         there = None
@@ -256,7 +257,7 @@ def world_model_loss(
         if mask is not None and mask.ndim == 3:
             mask = mask[:, first:]
         hides = config.masked_slots_range[1] > 0 and length - first > config.visible_prefix
-        if mask is None and model.training and hides:
+        if mask is None and wrapped.training and hides:
             moving = None
             if args.mask_present:
                 moving = there[:, : config.visible_prefix].all(dim=1)
@@ -264,7 +265,7 @@ def world_model_loss(
                 change = (slots - slots[:, :1]).square().mean(-1).sqrt().amax(dim=1)
                 moving = change > config.static_slot_tolerance
             mask = model.draw_slot_mask(history, moving=moving)
-        if args.slot_noise and model.training:
+        if args.slot_noise and wrapped.training:
             history = history + args.slot_noise * torch.randn_like(history)
         output = wrapped(
             history,
@@ -277,7 +278,7 @@ def world_model_loss(
         )
         loss = output.loss
         terms = {name: getattr(output, name) for name in ("future_loss", "history_loss", "proprio_loss")}
-        if args.rollout_weight and model.training:
+        if args.rollout_weight and wrapped.training:
             if args.rollout_steps:
                 if future.shape[1] < args.rollout_steps:
                     raise ValueError(
@@ -288,12 +289,17 @@ def world_model_loss(
             else:
                 observed, target = (0, 1), slots[:, 1 : length + config.prediction_length]
                 history = slots[:, :1] + args.slot_noise * torch.randn_like(slots[:, :1])
-            terms["rollout_loss"] = rollout_loss(history, target, observed, actions, proprio)
+            terms["rollout_loss"] = rollout_loss(bare(wrapped), history, target, observed, actions, proprio)
             loss = loss + args.rollout_weight * terms["rollout_loss"]
         return loss, {name: value.detach() for name, value in terms.items() if value is not None}
 
     def rollout_loss(
-        history: Tensor, target: Tensor, observed: tuple[int, int], actions: Tensor | None, proprio: Tensor | None
+        model: SlotWorldModel,
+        history: Tensor,
+        target: Tensor,
+        observed: tuple[int, int],
+        actions: Tensor | None,
+        proprio: Tensor | None,
     ) -> Tensor:
         """From `history` [B, T, N, D], the frames `observed` (first, end) of the window, to the `target` after them."""
         first, end = observed
@@ -318,7 +324,7 @@ def world_model_metrics(
     """
     length = model.config.history_length
 
-    def metric_fn(_: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def metric_fn(model: SlotWorldModel, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         batch = SlotWindows.normalize(batch, statistics)
         slots, actions, proprio = (batch.get(name) for name in ("slots", "actions", "proprio"))
         target = slots[:, length:]

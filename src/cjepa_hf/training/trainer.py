@@ -5,6 +5,7 @@ it starts. A run that was killed therefore continues bit for bit from its last c
 generator state and no position of the data beside its step number.
 """
 
+import copy
 import ctypes
 import hashlib
 import itertools
@@ -29,10 +30,19 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast_object_list, send_to_device
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    broadcast_object_list,
+    extract_model_from_parallel,
+    send_to_device,
+)
 from huggingface_hub import ModelCardData
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm.auto import tqdm
 
@@ -78,7 +88,8 @@ def train(
             read in order, and again from its start when it ends (`set_epoch` is called where there is one). A run is
             resumed with data of the same length and the same `fingerprint`, where they have one, alone.
         eval_dataset: map-style, evaluated without gradients in eval mode; None: no evaluation.
-        loss_fn: `loss_fn(model, batch) -> (loss, scalars)`. The loss is a mean over the samples of the batch, so
+        loss_fn: `loss_fn(model, batch) -> (loss, scalars)`; what it calls of the model beside its forward is that of
+            [`bare`]`(model)`. The loss is a mean over the samples of the batch, so
             that the gradient does not depend on how a batch is shared among processes and micro-batches; the scalars
             are logged. `torch` and `numpy` start each call in a state of their own per process; Python's `random`
             starts in the same one everywhere: use it for what a whole batch shares.
@@ -111,9 +122,12 @@ def train(
     resumed_from = _choose_checkpoint(checkpoints, args, accelerator)
 
     model.to(accelerator.device)
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    # What is trained: the model itself, or where its parameters are sharded a copy, which `model` is updated from.
+    sharded = shards_model(args, accelerator)
+    live = shard(model, accelerator) if sharded else model
+    parameters = {name: p for name, p in live.named_parameters() if p.requires_grad}
     ema = Ema(parameters, args.ema_decay) if args.ema_decay else None
-    optimizers = make_optimizers(model, args, learning_rates)
+    optimizers = make_optimizers(live, args, learning_rates)
     is_stream = isinstance(train_dataset, IterableDataset) or not hasattr(train_dataset, "__len__")
     data_length = None if is_stream else len(train_dataset)
     fingerprint = getattr(train_dataset, "fingerprint", None)
@@ -122,17 +136,25 @@ def train(
     start, seconds, running, counts, metrics = 0, 0.0, {}, {}, {}
     if resumed_from is not None:
         state, running = _load_checkpoint(resumed_from, model, optimizers, ema, args, data_length, fingerprint)
+        if sharded:
+            for part, value in zip(live.state_dict().values(), model.state_dict().values(), strict=True):
+                part.copy_(_placed(value, like=part))
         start, seconds, counts, metrics = (state[key] for key in ("step", "seconds", "counts", "metrics"))
         running = {name: value.to(accelerator.device) for name, value in running.items()}
     log = _Log(output_dir / "log.jsonl", start, args, accelerator)
-    wrapped = accelerator.prepare(model)
+    wrapped = accelerator.prepare_model(live, evaluation_mode=True) if sharded else accelerator.prepare(model)
     batches = _batches(train_dataset, data_length, args, accelerator, start, collate)
-    eval_loader = _eval_loader(eval_dataset, args, accelerator, collate)
+    eval_loader = _eval_loader(eval_dataset, args, accelerator, collate, alike=sharded)
 
     def checkpoint(step: int) -> None:
         nonlocal running
         running = _mean_over_processes(running, accelerator)
         require_finite(step)
+        if sharded:
+            _gather(live, model)
+        whole = [optimizer.state_dict() for optimizer in optimizers], None if ema is None else ema.shadow
+        if sharded:
+            whole = _whole(whole, "cpu")
         if accelerator.is_main_process:
             state = {
                 "step": step,
@@ -143,7 +165,7 @@ def train(
                 "data_fingerprint": fingerprint,
                 "arguments": asdict(args),
             }
-            _save_checkpoint(checkpoints, state, model, optimizers, ema, running, args.save_total_limit)
+            _save_checkpoint(checkpoints, state, model, *whole, running, args.save_total_limit)
         accelerator.wait_for_everyone()
 
     def require_finite(step: int) -> None:
@@ -179,9 +201,8 @@ def train(
                     step,
                     args.gradient_accumulation_steps,
                 )
-                scalars["gradient_norm"] = nn.utils.clip_grad_norm_(
-                    parameters.values(), args.gradient_clip or math.inf
-                )
+                norm = nn.utils.clip_grad_norm_(parameters.values(), args.gradient_clip or math.inf)
+                scalars["gradient_norm"] = _whole(norm)
                 factor = learning_rate_factor(step, args)
                 for optimizer in optimizers:
                     for group in optimizer.param_groups:
@@ -205,9 +226,7 @@ def train(
                     log.write(step, {**line, "learning_rate": args.learning_rate * factor}, seconds=elapsed)
                     progress.set_postfix(loss=f"{line['loss']:.4g}", refresh=False)
                 if eval_loader is not None and (finished or (args.eval_every and step % args.eval_every == 0)):
-                    metrics = _evaluate(
-                        model, eval_loader, metric_fn or _loss_metrics(loss_fn), ema, accelerator, args
-                    )
+                    metrics = _evaluate(live, eval_loader, metric_fn or _loss_metrics(loss_fn), ema, accelerator, args)
                     log.write(step, {f"eval_{name}": value for name, value in metrics.items()})
                     if accelerator.is_main_process:
                         values = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
@@ -225,10 +244,13 @@ def train(
     finally:
         log.close()
     if start >= args.max_steps and eval_loader is not None and not metrics:
-        metrics = _evaluate(model, eval_loader, metric_fn or _loss_metrics(loss_fn), ema, accelerator, args)
+        metrics = _evaluate(live, eval_loader, metric_fn or _loss_metrics(loss_fn), ema, accelerator, args)
     accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False, keep_torch_compile=False)
     if ema is not None:
         ema.copy_to(parameters)
+    if sharded:
+        _gather(live, model)
+        model.to(accelerator.device)
     model.eval()
     return TrainResult(step, metrics, seconds + time.perf_counter() - began, resumed_from)
 
@@ -251,11 +273,10 @@ def make_accelerator(args: TrainArguments, find_unused_parameters: bool = False)
         project_dir=args.output_dir,
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters)],
     )
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        # the optimizers below hold whole parameters: they would update what no process computes with any more
+    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ValueError(
-            f"{accelerator.distributed_type.value} shards the model, which this training does not: launch with "
-            f"examples/accelerate/gpu_ddp.yaml (these models and their optimizer states take less than 100 MiB)"
+            f"{accelerator.distributed_type.value} is not supported: launch with examples/accelerate/gpu_ddp.yaml, or, for "
+            f"a model that one GPU does not hold, with examples/accelerate/gpu_fsdp.yaml"
         )
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     if ranks != accelerator.num_processes:
@@ -266,6 +287,62 @@ def make_accelerator(args: TrainArguments, find_unused_parameters: bool = False)
     if accelerator.device.type == "cpu" and args.keep_freed_memory:
         keep_freed_memory()
     return accelerator
+
+
+def shards_model(args: TrainArguments, accelerator: Accelerator) -> bool:
+    """Whether parameters, gradients and optimizer states are sharded over the processes (FSDP)."""
+    asked = args.shard_model or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if asked and args.torch_compile:
+        raise ValueError("torch_compile and a sharded model do not go together: leave one of them out")
+    return asked and accelerator.num_processes > 1
+
+
+def shard(model: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """
+    A copy of `model` (the same in every process) whose parameters are sharded over all processes with PyTorch's
+    `fully_shard`: its `_no_split_modules` one by one, so that one of them is whole at a time, then the rest.
+    """
+    live, mesh = copy.deepcopy(model), init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    units = set(getattr(model, "_no_split_modules", None) or ())
+    for module in [*live.modules()]:
+        if type(module).__name__ in units:
+            fully_shard(module, mesh=mesh)
+    fully_shard(live, mesh=mesh)
+    if hasattr(live, "rollout"):  # is called beside forward: the parameters must be whole there too
+        register_fsdp_forward_method(live, "rollout")
+    return live
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The module itself inside of what DDP and `torch.compile` made of it."""
+    return extract_model_from_parallel(model, keep_fp32_wrapper=True, keep_torch_compile=False)
+
+
+def _whole(value: Any, device: str | None = None) -> Any:
+    """
+    `value`, or what is in it (dictionaries, lists, tuples), with whole tensors for sharded ones, on `device` if one is
+    given: for all processes at once.
+    """
+    if isinstance(value, DTensor):
+        value = value.full_tensor()
+        return value if device is None else value.to(device)
+    if isinstance(value, dict):
+        return {key: _whole(part, device) for key, part in value.items()}
+    return type(value)(_whole(part, device) for part in value) if isinstance(value, list | tuple) else value
+
+
+def _placed(value: Tensor, like: Tensor) -> Tensor:
+    """`value`, the same in every process, sharded as `like` is, if it is."""
+    if not isinstance(like, DTensor):
+        return value
+    # each process has the whole and keeps its part, without asking the first
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def _gather(live: nn.Module, model: nn.Module) -> None:
+    """Copies the sharded weights of `live` into `model`, one whole tensor after the other, for all processes at once."""
+    for value, part in zip(model.state_dict().values(), live.state_dict().values(), strict=True):
+        value.copy_(_whole(part))
 
 
 def keep_freed_memory() -> bool:
@@ -507,12 +584,16 @@ class BatchedMuon(torch.optim.Muon):
                     momenta.append(state["momentum_buffer"])
                 gradients = [parameter.grad for parameter in parameters]
                 torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-                update = torch.stack(gradients).lerp_(torch.stack(momenta), group["momentum"])  # Nesterov
+                # a sharded matrix is orthogonalized whole, by every process
+                update = torch.stack(_whole(gradients)).lerp_(
+                    torch.stack(_whole(momenta)), group["momentum"]
+                )  # Nesterov
                 update = orthogonalize(update, group["ns_coefficients"], group["ns_steps"], group["eps"])
                 torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
                 # times 0.2 sqrt(longer side): the root mean square of AdamW's updates
                 rate = group["lr"] * 0.2 * math.sqrt(max(shape))
-                torch._foreach_add_(parameters, list(update.unbind()), alpha=-rate)
+                updates = [_placed(one, like=parameter) for one, parameter in zip(update, parameters)]
+                torch._foreach_add_(parameters, updates, alpha=-rate)
 
 
 def orthogonalize(matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
@@ -580,7 +661,8 @@ class Ema:
 # --- evaluation and reports ----------------------------------------------------------------------------------------
 
 
-def _eval_loader(dataset, args, accelerator, collate) -> DataLoader | None:
+def _eval_loader(dataset, args, accelerator, collate, alike: bool) -> DataLoader | None:
+    """This process's share of the evaluation batches; if `alike`, as many as every other's, the last again where one lacks."""
     if dataset is None:
         return None
     length = len(dataset)
@@ -591,6 +673,8 @@ def _eval_loader(dataset, args, accelerator, collate) -> DataLoader | None:
     size = max(1, args.batch_size // (accelerator.num_processes * args.gradient_accumulation_steps))
     batches = [chosen[first : first + size] for first in range(0, count, size)]
     mine = [(0, ("eval", n), batch) for n, batch in enumerate(batches)]
+    if alike:  # of no weight
+        mine += [(0, ("again", n), batches[-1]) for n in range(-len(batches) % accelerator.num_processes)]
     mine = mine[accelerator.process_index :: accelerator.num_processes]
     return _loader(_Fetch(dataset, collate, args.seed), mine, args, accelerator)
 
@@ -605,19 +689,22 @@ def _loss_metrics(loss_fn: LossFunction) -> MetricFunction:
 
 @torch.no_grad()
 def _evaluate(model, loader, metric_fn, ema, accelerator, args) -> dict[str, float]:
-    """Means over the evaluation samples, over all processes. `model` is the bare one: a process may have one batch
-    more than another, which the wrapped forward would wait for."""
+    """Means over the evaluation samples, over all processes. `model` is not that wrapped by DDP: a process may have one
+    batch more than another, which the wrapped forward would wait for."""
     model.eval()
     totals: dict[str, Tensor] = {}
     samples = 0
     with ema.applied_to(model) if ema is not None else nullcontext(), accelerator.autocast():
         for (_, place, indices), batch in zip(loader.sampler, loader):
             seed_generators(args.seed, 0, *place)
+            count = 0 if place[0] == "again" else len(indices)
             values = metric_fn(model, send_to_device(batch, accelerator.device, non_blocking=True))
             for name, value in values.items():
-                value = torch.as_tensor(value, device=accelerator.device).double() * len(indices)
+                value = torch.as_tensor(value, device=accelerator.device).double() * count
                 totals[name] = totals.get(name, 0) + value
-            samples += len(indices)
+            samples += count
+        if isinstance(model, FSDPModule):  # whole since the last forward: the weights put back below are the shards
+            model.reshard()
     model.train()
     gathered = [(samples, {name: value.item() for name, value in totals.items()})]
     if accelerator.num_processes > 1:
@@ -681,7 +768,7 @@ def read_log(path: str | Path) -> list[dict[str, float]]:
 # --- checkpoints ---------------------------------------------------------------------------------------------------
 
 
-def _save_checkpoint(folder, state, model, optimizers, ema, running, limit) -> None:
+def _save_checkpoint(folder, state, model, optimizer_states, average, running, limit) -> None:
     """Writes `folder/step-000123`: under a temporary name, flushed to the disk, then renamed."""
     final = folder / f"step-{state['step']:06d}"
     temporary = folder / f".{final.name}.{os.getpid()}"
@@ -690,11 +777,11 @@ def _save_checkpoint(folder, state, model, optimizers, ema, running, limit) -> N
         save_model(model, str(temporary / "model.safetensors"))
         if hasattr(getattr(model, "config", None), "save_pretrained"):
             model.config.save_pretrained(temporary)  # so that from_pretrained reads a checkpoint too
-        if ema is not None:
-            save_file(ema.shadow, temporary / "ema.safetensors", metadata={"updates": str(ema.updates)})
+        if average is not None:
+            save_file(average, temporary / "ema.safetensors", metadata={"updates": str(state["step"])})
         torch.save(
             {
-                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                "optimizers": optimizer_states,
                 "running": {name: value.cpu() for name, value in running.items()},
             },
             temporary / "optimizer.pt",
@@ -749,10 +836,18 @@ def _load_checkpoint(folder, model, optimizers, ema, args, data_length, fingerpr
             groups = optimizer.state_dict()["param_groups"]  # learning rates and the like are this run's
             if [group["params"] for group in groups] != [g["params"] for g in optimizer_state["param_groups"]]:
                 raise ValueError("its parameters are grouped otherwise")
-            optimizer.load_state_dict({"state": optimizer_state["state"], "param_groups": groups})
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            moments = {
+                k: {
+                    name: _placed(v, like=parameters[k]) if v.shape == parameters[k].shape else v
+                    for name, v in one.items()
+                }
+                for k, one in optimizer_state["state"].items()
+            }
+            optimizer.load_state_dict({"state": moments, "param_groups": groups})
         if ema is not None:
             for name, value in load_file(folder / "ema.safetensors").items():
-                ema.shadow[name].copy_(value)
+                ema.shadow[name].copy_(_placed(value, like=ema.shadow[name]))
             ema.updates = state["step"]
     except (RuntimeError, ValueError, KeyError) as error:
         raise ValueError(f"{folder} is a checkpoint of another model: {error}") from error

@@ -434,7 +434,7 @@ class CJepaPredictor(nn.Module):
             last = _read(flat, source)
             queries = self.mask_token + time.squeeze(1)[frame]
             if config.anchor == "first":
-                queries = queries + self.anchor_projection(_read(flat, slot))
+                queries = queries + _read(self.anchor_projection(tokens[:, 0]), slot)
             else:
                 queries = queries + self.age_embedding[frame - seen] + self.anchor_projection(last)
             is_query = F.pad(hidden.flatten(1), (0, horizon * width), value=True).gather(1, index)
