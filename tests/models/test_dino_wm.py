@@ -14,6 +14,8 @@ from cjepa_hf import (
     PatchEncoderConfig,
     PatchEncoderModel,
 )
+from cjepa_hf.models.cjepa.modeling_cjepa import eager_attention_forward
+from cjepa_hf.models.dino_wm import modeling_dino_wm
 from cjepa_hf.models.dino_wm.modeling_dino_wm import DinoWmAttention
 
 N, D = 9, 12
@@ -251,6 +253,24 @@ def test_bfloat16_stays_close_and_keeps_the_statistics_exact():
     predicted = half.predict(**window())
     assert predicted.dtype == torch.bfloat16 and half.action_mean.dtype == torch.float32
     assert (predicted.float() - exact).abs().mean() < 0.05 * exact.abs().mean()
+
+
+def test_on_a_cpu_attention_is_in_float32_also_under_autocast(monkeypatch):
+    seen = []
+
+    def noting(module, query, key, value, mask, **options):
+        seen.append({query.dtype, key.dtype, value.dtype, mask.dtype})
+        weights = torch.matmul(query, key.transpose(2, 3))
+        seen.append({weights.dtype})  # of a product, which autocast would turn into bfloat16
+        return eager_attention_forward(module, query, key, value, mask, **options)
+
+    monkeypatch.setattr(modeling_dino_wm, "eager_attention_forward", noting)
+    model = tiny()
+    model.set_attn_implementation("eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(**window(), **targets())
+    assert len(seen) == 2 * model.config.num_hidden_layers and all(types == {torch.float32} for types in seen)
+    assert torch.isfinite(output.loss)
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])

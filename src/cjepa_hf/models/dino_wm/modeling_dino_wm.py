@@ -8,6 +8,7 @@ Axes: B batch, S plan samples, T observed frames, N tokens ("slots") of a frame,
 """
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -102,17 +103,21 @@ class DinoWmAttention(nn.Module):
             mask = None
         query, key, value = (part.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for part in parts)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        output, weights = attention(
-            self,
-            query,
-            key,
-            value,
-            None if mask is None else mask.to(query.dtype),  # under autocast the states are wider
-            dropout=self.config.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            is_causal=False,
-        )
-        output = self.out_proj(output.reshape(len(output), num_queries, inner))
+        # On a CPU PyTorch's attention takes longer in bfloat16, its gradient more than twice as long.
+        on_cpu = query.device.type == "cpu"
+        query, key, value = (part.float() if on_cpu else part for part in (query, key, value))
+        with torch.autocast("cpu", enabled=False) if on_cpu else nullcontext():
+            output, weights = attention(
+                self,
+                query,
+                key,
+                value,
+                None if mask is None else mask.to(query.dtype),  # under autocast the states are wider
+                dropout=self.config.attention_dropout if self.training else 0.0,
+                scaling=self.scaling,
+                is_causal=False,
+            )
+        output = self.out_proj(output.reshape(len(output), num_queries, inner).to(hidden_states.dtype))
         return fast_dropout(output, self.config.hidden_dropout, self.training), weights
 
 
