@@ -91,6 +91,7 @@ def run_cell(cell: tuple[str, str, int], args: argparse.Namespace) -> dict[str, 
         num_tasks=args.num_tasks,
         starts=("B",),
         occluded=True,
+        true_videos=False,
     )
     write_text(folder / "results.json", json.dumps({"cell": cell, **results}, indent=1))
     return results

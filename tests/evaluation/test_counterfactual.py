@@ -315,3 +315,27 @@ def test_the_shipped_model_knows_better_than_constant_velocity_where_displaced_o
 
     imagined, control = errors(found["empty"]), errors(constant_velocity(observed))
     assert (imagined < 0.8 * control).all() and (imagined < 0.5 * errors(found["none"])).all()
+
+
+def test_true_videos_through_the_encoder_are_a_control_that_may_be_left_out(dataset, monkeypatch):
+    encoded = []
+    own = PixelSlots.slots
+
+    def counting(self, states, **options):
+        encoded.append(len(states))
+        return own(self, states, **options)
+
+    monkeypatch.setattr(PixelSlots, "slots", counting)
+    options = dict(dataset=str(dataset), num_tasks=2, starts=("B",), num_training_videos=6, num_tuning_videos=3)
+    rows = []
+    for true_videos in (True, False):
+        results = evaluate_cf_rollout(
+            [str(bundled_checkpoint("collisions"))], true_videos=true_videos, progress=False, **options
+        )
+        rows.append({row["name"]: row for row in results["rows"]})
+    removals = results["num_removals"]
+    assert encoded == [6, 3, 2, removals, 6, 3, 2]
+    control = rows[0].pop("true counterfactual video")
+    assert control["position_error"]["32"]["value"] < 0.05
+    assert rows[0].keys() == rows[1].keys()
+    assert all(rows[0][name]["position_error"] == rows[1][name]["position_error"] for name in rows[0])

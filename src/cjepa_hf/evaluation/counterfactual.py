@@ -422,6 +422,7 @@ def evaluate_cf_rollout(
     num_training_videos: int = 200,
     num_tuning_videos: int = 100,
     occluded: bool = False,
+    true_videos: bool = True,
     batch_size: int = 256,
     device: str = "cpu",
     progress: bool = True,
@@ -440,6 +441,8 @@ def evaluate_cf_rollout(
         text_only: ALOE that was trained without slots.
         num_training_videos, num_tuning_videos: of the splits train and validation.
         occluded: also hide one object's history after its first two steps, from start B ("occluded" in the results).
+        true_videos: also read the true counterfactual videos through the slot encoder: the same control for every model, and
+            most of the time that it takes from pixels.
         on_row: called with the results so far after every row.
 
     Returns:
@@ -521,7 +524,8 @@ def evaluate_cf_rollout(
 
     # b) the removals
     samples: dict[tuple[str, str], dict[str, np.ndarray]] = {}
-    truth = None if isinstance(source, StateSlots) else source.slots(removals.states, progress=progress)
+    seen = true_videos and not isinstance(source, StateSlots)
+    truth = source.slots(removals.states, progress=progress) if seen else None
     for start in starts:
         branch = start == "B"
         step = removals.contact // 4 + 1 if branch else np.full(len(removals.gone), rules["early_history_length"])
