@@ -189,9 +189,9 @@ def _markdown(result) -> str:
         "Sharding them",
         "(FSDP: `--shard_model true`, `examples/accelerate/gpu_fsdp.yaml`) is for models that one GPU does not hold. "
         "`--batch_size` counts the",
-        "samples of all processes together: a run is the same whatever their number. FLOPs are those of the whole model; "
-        "training leaves",
-        "out what no loss reads, most of the last layer.",
+        "samples of all processes together: a run is the same whatever their number. FLOPs and activations",
+        "are those of the whole model; training leaves out what no loss reads: most of the last layer where few frames are "
+        "predicted (Push-T).",
         "",
         "## Training",
         "",

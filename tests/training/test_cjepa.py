@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator, debug_launcher
 from accelerate.state import AcceleratorState
 from huggingface_hub.utils import filter_repo_objects
+from torch.distributed.tensor import DTensor
 from transformers import AutoImageProcessor
 
 from cjepa_hf.data.extract import open_encoder
@@ -285,7 +286,7 @@ def test_slot_noise_moves_observed_slots_only_and_does_not_unfreeze_static_ones(
     world_model_loss(model, arguments("--slot_noise", "0.1"), STATISTICS)(recorder, batch)
     ((slots, inputs),) = recorder.seen
     assert (slots - batch["slots"][:, :3]).std().item() == pytest.approx(0.1, rel=0.1)
-    assert torch.equal(inputs["future_slots"], batch["slots"][:, 3:])
+    assert torch.equal(inputs["future_slots"], batch["slots"][:, 3:]) and inputs["trained_only"]
     assert inputs["slot_mask"][:, 1:, :2].all() and not inputs["slot_mask"][:, :, 2].any()
 
 
@@ -327,7 +328,16 @@ SURE = ("--num_masked_slots", "0", "--rollout_weight", "0.5", "--optimizer", "mu
 
 def _train_sharded(folder: str, output: str) -> None:
     torch.set_num_threads(1)
+    sharded, shard = [], trainer.shard
+
+    def noting(*given):
+        sharded.append(shard(*given))
+        return sharded[0]
+
+    trainer.shard = noting  # in this process, which ends here
     main([*command(folder, output, *SURE), "--shard_model", "true"])
+    if not all(isinstance(parameter, DTensor) for parameter in sharded[0].parameters()):
+        raise RuntimeError("nothing was sharded")
 
 
 def test_two_processes_that_share_the_parameters_train_the_world_model_of_one(folder, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import time
 from pathlib import Path
 
@@ -514,9 +515,17 @@ def test_what_shards_otherwise_is_refused(tmp_path, monkeypatch):
 
 
 class Imagining(Net):
-    """A model that is also called beside its forward, layer by layer, as world models are in rollouts."""
+    """A model that is also called beside its forward, layer by layer, as world models are in rollouts, with a frozen part of
+    which it takes the weights alone, as VideoSAUR does."""
 
     _no_split_modules = ("Linear",)
+
+    def __init__(self, dropout):
+        super().__init__(dropout)
+        self.frozen = nn.Linear(4, 4).requires_grad_(False)
+
+    def forward(self, x):
+        return super().forward(x + nn.functional.linear(x, self.frozen.weight))
 
     def rollout(self, x):
         x = self.inputs(x)
@@ -531,7 +540,7 @@ def imagining_loss(model, batch):
     return loss + 0.1 * imagined, {**scalars, "imagined": imagined.detach()}
 
 
-SHARDED = dict(optimizer="muon", lr_scheduler="constant", eval_every=2)
+SHARDED = dict(optimizer="muon", lr_scheduler="constant", eval_every=2, gradient_accumulation_steps=2)
 
 
 def _train_sharded(folder: str) -> None:
@@ -542,13 +551,15 @@ def _train_sharded(folder: str) -> None:
 
     def loss(model, batch):
         whole = [name for name, p in bare(model).named_parameters() if not isinstance(p, DTensor)]
-        if whole:
+        if whole != ["frozen.weight", "frozen.bias"]:
             raise RuntimeError(f"{whole} are not sharded")
         return imagining_loss(model, batch)
 
     for steps in (6, 12):  # the second continues the first; 21 samples: a process has a batch less than the other
         args = arguments(Path(folder) / "two", max_steps=steps, shard_model=True, **SHARDED)
         model = Imagining(dropout=0)
+        if accelerator.process_index:  # weights are those of the first process
+            nn.init.ones_(model.head.weight)
         train(model, Points(), Points(21), loss, args, accelerator=accelerator)
     torch.save(model.state_dict(), Path(folder) / f"weights_{accelerator.process_index}.pt")
 
@@ -572,6 +583,17 @@ def test_two_processes_with_sharded_parameters_give_the_run_of_one_and_its_check
         assert result.resumed_from.name == "step-000012"
         runs.append(dict(model.state_dict()))
     torch.testing.assert_close(*runs, atol=1e-4, rtol=1e-3)
+
+
+def test_one_process_that_is_launched_to_shard_trains_as_if_it_was_not(tmp_path, monkeypatch):
+    plain, _ = run(tmp_path / "plain")
+    monkeypatch.setattr(Accelerator, "distributed_type", property(lambda self: DistributedType.FSDP))
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    alone, _ = run(tmp_path / "alone")
+    assert_same_run(plain, alone, tmp_path / "plain", tmp_path / "alone")
+    # transformers would leave the weights of every other process out
+    assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "false"
 
 
 def test_one_process_shards_nothing_and_compiling_goes_without(tmp_path):

@@ -19,6 +19,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -80,7 +81,7 @@ def train(
     """Trains `model` in place to `args.max_steps`, resuming what `args.output_dir` holds.
 
     When it returns, the model holds the weights to keep (the moving average where `args.ema_decay` > 0), unwrapped
-    and on the device. Files: `output_dir/log.jsonl`, one JSON object per logged step or evaluation, and
+    and on the device (on the CPU if its parameters were sharded). Files: `output_dir/log.jsonl`, one JSON object per logged step or evaluation, and
     `output_dir/checkpoints/step-000123/`.
 
     Args:
@@ -92,13 +93,14 @@ def train(
             [`bare`]`(model)`. The loss is a mean over the samples of the batch, so
             that the gradient does not depend on how a batch is shared among processes and micro-batches; the scalars
             are logged. `torch` and `numpy` start each call in a state of their own per process; Python's `random`
-            starts in the same one everywhere: use it for what a whole batch shares.
+            starts in the same one everywhere: use it for what a whole batch shares. Of a sharded model's methods `rollout`
+            alone may be called beside forward, and every process must use the same parameters.
         metric_fn: `metric_fn(model, batch) -> scalars`, averaged over `eval_dataset`; default: the loss and its
             scalars.
         collate: makes a batch of fetched samples; default: the dataset's `collate`, else torch's.
         learning_rates: AdamW learning rate for the parameters whose name starts with a key.
         find_unused_parameters: True if some steps use only a part of the parameters (several processes then look for
-            the unused ones at every step).
+            the unused ones at every step; a sharded model needs no look).
 
     Raises:
         ValueError: arguments that do not fit the number of processes, the data or the checkpoint resumed from.
@@ -121,10 +123,9 @@ def train(
             shutil.rmtree(leftover, ignore_errors=True)
     resumed_from = _choose_checkpoint(checkpoints, args, accelerator)
 
-    model.to(accelerator.device)
-    # What is trained: the model itself, or where its parameters are sharded a copy, which `model` is updated from.
+    # What is trained: the model itself, or a sharded copy, while `model` waits on the CPU for the whole weights.
     sharded = shards_model(args, accelerator)
-    live = shard(model, accelerator) if sharded else model
+    live = shard(model.cpu(), accelerator) if sharded else model.to(accelerator.device)
     parameters = {name: p for name, p in live.named_parameters() if p.requires_grad}
     ema = Ema(parameters, args.ema_decay) if args.ema_decay else None
     optimizers = make_optimizers(live, args, learning_rates)
@@ -142,7 +143,9 @@ def train(
         start, seconds, counts, metrics = (state[key] for key in ("step", "seconds", "counts", "metrics"))
         running = {name: value.to(accelerator.device) for name, value in running.items()}
     log = _Log(output_dir / "log.jsonl", start, args, accelerator)
-    wrapped = accelerator.prepare_model(live, evaluation_mode=True) if sharded else accelerator.prepare(model)
+    # sharded here, or (one process launched to shard) not at all: accelerate adds the precision alone
+    done = sharded or accelerator.distributed_type == DistributedType.FSDP
+    wrapped = accelerator.prepare_model(live, evaluation_mode=True) if done else accelerator.prepare(live)
     batches = _batches(train_dataset, data_length, args, accelerator, start, collate)
     eval_loader = _eval_loader(eval_dataset, args, accelerator, collate, alike=sharded)
 
@@ -154,7 +157,7 @@ def train(
             _gather(live, model)
         whole = [optimizer.state_dict() for optimizer in optimizers], None if ema is None else ema.shadow
         if sharded:
-            whole = _whole(whole, "cpu")
+            whole = _whole(whole, "cpu" if accelerator.is_main_process else "meta")
         if accelerator.is_main_process:
             state = {
                 "step": step,
@@ -250,7 +253,6 @@ def train(
         ema.copy_to(parameters)
     if sharded:
         _gather(live, model)
-        model.to(accelerator.device)
     model.eval()
     return TrainResult(step, metrics, seconds + time.perf_counter() - began, resumed_from)
 
@@ -264,6 +266,8 @@ def make_accelerator(args: TrainArguments, find_unused_parameters: bool = False)
 
         if find_spec(tracker) is None:
             raise ValueError(f"--report_to {tracker} needs {tracker}: pip install 'cjepa-hf[trackers]'")
+    if _launched_to_shard():  # else only the first process would get weights from `from_pretrained`
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     AcceleratorState._reset_state()  # of an earlier training in this process, whose precision may differ
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
@@ -289,27 +293,44 @@ def make_accelerator(args: TrainArguments, find_unused_parameters: bool = False)
     return accelerator
 
 
+def _launched_to_shard() -> bool:
+    """Whether `accelerate launch` was told to use FSDP."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
 def shards_model(args: TrainArguments, accelerator: Accelerator) -> bool:
     """Whether parameters, gradients and optimizer states are sharded over the processes (FSDP)."""
-    asked = args.shard_model or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    asked = args.shard_model or _launched_to_shard()
     if asked and args.torch_compile:
         raise ValueError("torch_compile and a sharded model do not go together: leave one of them out")
     return asked and accelerator.num_processes > 1
 
 
+@torch.no_grad()
 def shard(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     """
-    A copy of `model` (the same in every process) whose parameters are sharded over all processes with PyTorch's
-    `fully_shard`: its `_no_split_modules` one by one, so that one of them is whole at a time, then the rest.
+    A copy of `model` on the accelerator's devices, with the weights of the first process, whose trained parameters are
+    sharded over all processes by PyTorch's `fully_shard`: its `_no_split_modules` one by one, so that one of them is whole
+    at a time, then the rest. Of the copy `forward` and `rollout` may be called.
     """
-    live, mesh = copy.deepcopy(model), init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    device = accelerator.device
+    for value in model.state_dict().values():
+        first = value.to(device)
+        torch.distributed.broadcast(first, 0)
+        value.copy_(first)
+    live, mesh = copy.deepcopy(model), init_device_mesh(device.type, (accelerator.num_processes,))
+    frozen = {parameter for parameter in live.parameters() if not parameter.requires_grad}
+    for parameter in frozen:
+        parameter.data = parameter.data.to(device)
     units = set(getattr(model, "_no_split_modules", None) or ())
     for module in [*live.modules()]:
-        if type(module).__name__ in units:
-            fully_shard(module, mesh=mesh)
-    fully_shard(live, mesh=mesh)
+        if type(module).__name__ in units and not frozen.issuperset(module.parameters()):
+            fully_shard(module, mesh=mesh, ignored_params=frozen)
+    fully_shard(live, mesh=mesh, ignored_params=frozen)
     if hasattr(live, "rollout"):  # is called beside forward: the parameters must be whole there too
         register_fsdp_forward_method(live, "rollout")
+    # what it warns of, a change in place of what forward returns, no loss does
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     return live
 
 
@@ -376,7 +397,9 @@ def compute_gradients(
     totals: dict[str, Tensor] = {}
     for micro, batch in enumerate(batches):
         seed_generators(seed, step, micro, accelerator.process_index)
-        with nullcontext() if micro == count - 1 else accelerator.no_sync(model):
+        # sharded gradients are summed as such: unsynchronized they would be kept whole
+        last = micro == count - 1 or isinstance(model, FSDPModule)
+        with nullcontext() if last else accelerator.no_sync(model):
             loss, scalars = loss_fn(model, batch)
             accelerator.backward(loss / count)
         for name, value in {"loss": loss, **scalars}.items():
@@ -571,11 +594,12 @@ class BatchedMuon(torch.optim.Muon):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            shapes: dict[torch.Size, list[nn.Parameter]] = {}
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    shapes.setdefault(parameter.shape, []).append(parameter)
-            for shape, parameters in shapes.items():
+            batches: dict[tuple, list[nn.Parameter]] = {}
+            for index, parameter in enumerate(group["params"]):
+                if parameter.grad is not None:  # of sharded ones only one at a time is whole
+                    key = (parameter.shape, index if isinstance(parameter, DTensor) else None)
+                    batches.setdefault(key, []).append(parameter)
+            for (shape, _), parameters in batches.items():
                 momenta = []
                 for parameter in parameters:
                     state = self.state[parameter]

@@ -1021,7 +1021,7 @@ class CJepaModel(SlotWorldModel):
             slot_mask (`torch.BoolTensor` of shape `(B, T, N)` or `(B, N)`, *optional*): True = hidden. By default
                 masks are drawn per sample in training mode, and nothing is hidden in eval mode.
             trained_only (`bool`): With `future_slots`, leave out what no loss reads: the losses and their gradients are the
-                same, sooner; predictions of the tokens that no loss reads are meaningless.
+                same (but for what dropout draws); predictions of the tokens that no loss reads are meaningless.
             output_attentions, output_hidden_states (`bool`, *optional*): Attentions need
                 `model.set_attn_implementation("eager")`.
         """
