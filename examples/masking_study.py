@@ -126,36 +126,45 @@ def summarize(values: Sequence[float | None]) -> dict[str, Any]:
 
 
 def tabulate(folder: Path, wanted: Iterable[tuple[str, str, int]]) -> dict[str, Any]:
-    """{"rows": one per variant and budget, "controls", "missing"} from the result files."""
+    """{"rows": one per variant and budget, "differences": of the pair, seed by seed, "controls", "missing"} from the result files."""
     found, missing = {}, []
     for cell in wanted:
         path = folder / name_of(cell) / "results.json"
         if path.is_file():
-            found.setdefault(cell[:2], []).append(json.loads(path.read_text(encoding="utf-8")))
+            results = json.loads(path.read_text(encoding="utf-8"))
+            found.setdefault(cell[:2], {})[cell[2]] = results
         else:
             missing.append(name_of(cell))
     rows = [
         {
             "variant": variant,
             "budget": budget,
-            **{c: summarize([read(r) for r in runs]) for c, read in COLUMNS.items()},
+            **{c: summarize([read(r) for r in runs.values()]) for c, read in COLUMNS.items()},
         }
         for (variant, budget), runs in found.items()
     ]
+    differences = []
+    for (variant, budget), runs in found.items():
+        others = found.get((variant.removesuffix(PAIR[1]) + PAIR[0], budget), {})
+        both = sorted(runs.keys() & others.keys())
+        if variant.endswith(PAIR[1]) and both:
+            pairs = {c: [(read(runs[seed]), read(others[seed])) for seed in both] for c, read in COLUMNS.items()}
+            gaps = {c: summarize([a - b for a, b in values if None not in (a, b)]) for c, values in pairs.items()}
+            differences.append({"variant": f"{variant} - {PAIR[0]}", "budget": budget, **gaps})
     controls = []
     if found:
-        run = next(iter(found.values()))[0]
+        run = next(iter(next(iter(found.values())).values()))
         for name in ("copy the video", "constant velocity", "true positions"):
             row = _row(run, name)
             controls.append({"name": name, "error +32": row["position_error"]["32"]["value"],
                              "error +64": row["position_error"]["64"]["value"], "four cells": row["cell_mean"]["value"],
                              "third object": _rate(row["third_object"]), "informative": _rate(row["informative"])})  # fmt: skip
-    return {"rows": rows, "controls": controls, "missing": missing}
+    return {"rows": rows, "differences": differences, "controls": controls, "missing": missing}
 
 
 def print_table(table: dict[str, Any]) -> None:
     print(f"{'':<26}" + "".join(f"{name:<28}" for name in COLUMNS))
-    for row in table["rows"]:
+    for row in [*table["rows"], *table["differences"]]:
         line = f"{row['variant'] + ' ' + row['budget']:<26}"
         for name in COLUMNS:
             value = row[name]

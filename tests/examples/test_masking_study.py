@@ -52,6 +52,12 @@ def test_finished_cells_are_skipped_and_the_table_tells_what_is_missing(tmp_path
     assert error["high"] - error["mean"] == pytest.approx(4.30 * 0.1 / 3**0.5)
     assert row["third object"] == {"mean": None, "n": 0} and row["hidden +16"]["mean"] == 0.3
     assert len(table["missing"]) == len(study.cells()) - 3 and "prefix1-p1_1x_seed0" in table["missing"]
+    study.main([*words[:-1], "hide1_1x_seed0", "hide1_1x_seed2"])
+    again = study.main([*words[:-1], "oc_1x"])
+    (gap,) = again["differences"]  # over the seeds that both have
+    assert (gap["variant"], gap["budget"]) == ("hide1 - oc", "1x")
+    assert gap["error +32"]["mean"] == pytest.approx(0) and gap["error +32"]["n"] == 2
+    del ran[3:]
     printed = capsys.readouterr().out
     assert "missing cells (42)" in printed and "constant velocity" in printed
     study.main([*words[:-1], "few-oc_1x_seed2", "--few-dataset", "y"])
