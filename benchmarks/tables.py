@@ -144,7 +144,7 @@ HIDDEN = {
     "prefix1-p0.5": "1 to 3, after 1 frame, in half of the samples",
     "prefix1-p1": "1 to 3, after 1 frame, in every sample (as published)",
 }
-MASKING = ("F1 as it is", "error +64", "four cells", "hidden +16", "filled in +16")
+MASKING = ("F1 as it is", "error +64", "four cells", "third object", "hidden +16", "filled in +16")
 
 
 def masking(budget: str, where: str = "") -> list[str]:
@@ -153,7 +153,7 @@ def masking(budget: str, where: str = "") -> list[str]:
 
     table = masking_study.tabulate(RESULTS / "masking", masking_study.cells())
     lines = head(
-        "hidden in training", "F1 as it is", "error +64", "four cells", "hidden object, +16",
+        "hidden in training", "F1 as it is", "error +64", "four cells", "third object", "hidden object, +16",
         "the same, filled in at constant velocity",
     )  # fmt: skip
     for variant, text in HIDDEN.items():
@@ -243,6 +243,9 @@ def tables() -> list[tuple[str, str, list[str]]]:
         ("docs/results.md", "collisions", collisions()),
         ("README.md", "collisions", collisions_short()),
         ("docs/results.md", "masking, 1x", masking("1x")),
+        ("docs/results.md", "masking, 3x", masking("3x")),
+        ("docs/results.md", "masking, slots from pixels", masking("1x", "learned-")),
+        ("docs/results.md", "masking, few scenes", masking("1x", "few-")),
         ("docs/results.md", "answers", answers()),
         ("README.md", "answers", answers_short()),
         ("docs/results.md", "influence, Push-T", influence("influence_push_t.json", "block", PUSH_T_INFLUENCE)),
