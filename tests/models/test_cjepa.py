@@ -115,6 +115,19 @@ def test_a_hidden_token_cannot_reach_the_output(flags):
     assert (a - c).abs().max() > 1e-2
 
 
+def test_a_frame_that_was_hidden_tells_no_velocity_of_the_one_after_it():
+    """Hidden, visible, hidden: the change between the first two is unknown."""
+    model = tiny(history_length=4, **(OURS | dict(residual_prediction="velocity")))
+    inputs = window(steps=4)
+    mask = torch.zeros(3, 4, 4, dtype=torch.bool)
+    mask[:, [1, 3], 2] = True
+    changed = dict(inputs, slots=inputs["slots"].clone())
+    changed["slots"][:, [1, 3], 2] += 5.0
+    with torch.no_grad():
+        a, b = (model(**x, slot_mask=mask).predicted_slots for x in (inputs, changed))
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
 def test_a_mask_of_whole_objects_may_be_given_as_batch_by_slots():
     model = tiny()
     objects = torch.tensor([[True, False, False, False]] * 3)

@@ -523,12 +523,13 @@ class Imagining(Net):
     def __init__(self, dropout):
         super().__init__(dropout)
         self.frozen = nn.Linear(4, 4).requires_grad_(False)
+        self.shift = nn.Parameter(torch.full((4,), 0.1))  # of the model itself, not of one of its units
 
     def forward(self, x):
-        return super().forward(x + nn.functional.linear(x, self.frozen.weight))
+        return super().forward(x + self.shift + nn.functional.linear(x, self.frozen.weight))
 
     def rollout(self, x):
-        x = self.inputs(x)
+        x = self.inputs(x + self.shift)
         for layer in (*self.layers, *self.layers):
             x = x + torch.tanh(layer(x))
         return self.head(x)
@@ -551,7 +552,7 @@ def _train_sharded(folder: str) -> None:
 
     def loss(model, batch):
         whole = [name for name, p in bare(model).named_parameters() if not isinstance(p, DTensor)]
-        if whole != ["frozen.weight", "frozen.bias"]:
+        if model.training and whole != ["frozen.weight", "frozen.bias"]:
             raise RuntimeError(f"{whole} are not sharded")
         return imagining_loss(model, batch)
 
@@ -559,7 +560,7 @@ def _train_sharded(folder: str) -> None:
         args = arguments(Path(folder) / "two", max_steps=steps, shard_model=True, **SHARDED)
         model = Imagining(dropout=0)
         if accelerator.process_index:  # weights are those of the first process
-            nn.init.ones_(model.head.weight)
+            nn.init.ones_(model.inputs.weight)
         train(model, Points(), Points(21), loss, args, accelerator=accelerator)
     torch.save(model.state_dict(), Path(folder) / f"weights_{accelerator.process_index}.pt")
 
