@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator, debug_launcher
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -562,7 +562,7 @@ def _train_sharded(folder: str) -> None:
         if accelerator.process_index:  # weights are those of the first process
             nn.init.ones_(model.inputs.weight)
         train(model, Points(), Points(21), loss, args, accelerator=accelerator)
-    torch.save(model.state_dict(), Path(folder) / f"weights_{accelerator.process_index}.pt")
+    save_file(model.state_dict(), Path(folder) / f"weights_{accelerator.process_index}.safetensors")
 
 
 def test_two_processes_with_sharded_parameters_give_the_run_of_one_and_its_checkpoints(tmp_path):
@@ -573,7 +573,7 @@ def test_two_processes_with_sharded_parameters_give_the_run_of_one_and_its_check
     for one, two in zip(curve(tmp_path / "one"), curve(tmp_path / "two"), strict=True):
         assert one == pytest.approx(two, rel=1e-3)
     for rank in (0, 1):
-        weights = torch.load(tmp_path / f"weights_{rank}.pt", weights_only=True)
+        weights = load_file(tmp_path / f"weights_{rank}.safetensors")
         torch.testing.assert_close(weights, dict(model.state_dict()), atol=1e-4, rtol=1e-3)
     # one process goes on with what two have sharded, as with its own
     runs = []

@@ -81,26 +81,25 @@ def train(
     """Trains `model` in place to `args.max_steps`, resuming what `args.output_dir` holds.
 
     When it returns, the model holds the weights to keep (the moving average where `args.ema_decay` > 0), unwrapped
-    and on the device (on the CPU if its parameters were sharded). Files: `output_dir/log.jsonl`, one JSON object per logged step or evaluation, and
-    `output_dir/checkpoints/step-000123/`.
+    and on the device (on the CPU if its parameters were sharded). Files: `output_dir/log.jsonl`, one JSON object per
+    logged step or evaluation, and `output_dir/checkpoints/step-000123/`.
 
     Args:
         train_dataset: map-style (batched `__getitems__` is used where there is one), or any iterable, which is
             read in order, and again from its start when it ends (`set_epoch` is called where there is one). A run is
             resumed with data of the same length and the same `fingerprint`, where they have one, alone.
         eval_dataset: map-style, evaluated without gradients in eval mode; None: no evaluation.
-        loss_fn: `loss_fn(model, batch) -> (loss, scalars)`; what it calls of the model beside its forward is that of
-            [`bare`]`(model)`. The loss is a mean over the samples of the batch, so
+        loss_fn: `loss_fn(model, batch) -> (loss, scalars)`. The loss is a mean over the samples of the batch, so
             that the gradient does not depend on how a batch is shared among processes and micro-batches; the scalars
             are logged. `torch` and `numpy` start each call in a state of their own per process; Python's `random`
-            starts in the same one everywhere: use it for what a whole batch shares. Of a sharded model's methods `rollout`
-            alone may be called beside forward, and every process must use the same parameters.
+            starts in the same one everywhere: use it for what a whole batch shares. Other methods than the forward are
+            those of [`bare`]`(model)`; where parameters are sharded, `rollout` alone.
         metric_fn: `metric_fn(model, batch) -> scalars`, averaged over `eval_dataset`; default: the loss and its
             scalars.
         collate: makes a batch of fetched samples; default: the dataset's `collate`, else torch's.
         learning_rates: AdamW learning rate for the parameters whose name starts with a key.
         find_unused_parameters: True if some steps use only a part of the parameters (several processes then look for
-            the unused ones at every step; a sharded model needs no look).
+            the unused ones at every step). Where parameters are sharded, all processes must use the same ones.
 
     Raises:
         ValueError: arguments that do not fit the number of processes, the data or the checkpoint resumed from.
@@ -144,8 +143,8 @@ def train(
         running = {name: value.to(accelerator.device) for name, value in running.items()}
     log = _Log(output_dir / "log.jsonl", start, args, accelerator)
     # sharded here, or (one process launched to shard) not at all: accelerate adds the precision alone
-    done = sharded or accelerator.distributed_type == DistributedType.FSDP
-    wrapped = accelerator.prepare_model(live, evaluation_mode=True) if done else accelerator.prepare(live)
+    precision_alone = sharded or accelerator.distributed_type == DistributedType.FSDP
+    wrapped = accelerator.prepare_model(live, evaluation_mode=True) if precision_alone else accelerator.prepare(live)
     batches = _batches(train_dataset, data_length, args, accelerator, start, collate)
     eval_loader = _eval_loader(eval_dataset, args, accelerator, collate, alike=sharded)
 

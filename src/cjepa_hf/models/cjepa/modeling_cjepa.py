@@ -454,7 +454,10 @@ class CJepaPredictor(nn.Module):
         return output.unflatten(1, (-1, width))
 
     def _base(self, tokens: torch.Tensor, future_only: bool) -> torch.Tensor | None:
-        """What residual prediction starts from where nothing is hidden: the last state, or its constant-velocity continuation."""
+        """
+        What residual prediction starts from [B, (T + P) * M, size] (or the P future frames) where nothing of `tokens`
+        [B, T, M, size] is hidden: the last state, or its constant-velocity continuation.
+        """
         if self.config.residual_prediction is None:
             return None
         observed, horizon = tokens[:, :0] if future_only else tokens, self.config.prediction_length
@@ -465,7 +468,10 @@ class CJepaPredictor(nn.Module):
         return torch.cat([observed, future], dim=1).flatten(1, 2)
 
     def _last_seen(self, tokens, last, source, hidden, width, age) -> torch.Tensor | None:
-        """The same where some of `tokens` [B, L, size] are `hidden` [B, L]: from `last` [B, K, size], seen `age` [B, K] ago."""
+        """
+        The same [B, K, size] for the tokens that are read, where some of the observed `tokens` [B, T * M, size] are `hidden`
+        bool [B, T * M]: from `last` [B, K, size], the tokens at `source` [B, K], seen `age` [B, K] frames ago; `width` is M.
+        """
         if self.config.residual_prediction != "velocity":
             return last
         # A velocity needs the frame before the last visible one to be visible too.
